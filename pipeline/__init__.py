@@ -1,0 +1,1 @@
+"""What is learned, and what it makes: the dVAE, the transformer, their training and sampling."""

@@ -1,0 +1,124 @@
+"""How commands speak: one logger, one progress bar, one way to fail.
+
+Every entry point ends in ``if __name__ == "__main__": command(main)``. An ``InputError`` leaves it as
+one sentence on standard error and exit code 2; anything else is a bug of ours and keeps its traceback.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 15.0  # of progress, where the output is a file and no terminal
+
+
+class InputError(ValueError):
+    """A caller, a config or a file is wrong: the message names the value, the bound and the way out."""
+
+
+def is_first_rank() -> bool:
+    """True in the one process of a launch that speaks for all of them."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def logger(name: str) -> logging.Logger:
+    """The logger of one module, ``[name] 12:00:01 message`` on standard error; silent but on rank 0."""
+    log = logging.getLogger(f"daikon.{name}")
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(f"[{name}] %(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+        log.propagate = False
+        log.setLevel(logging.INFO if is_first_rank() else logging.ERROR)
+    return log
+
+
+class Bar:
+    """A progress bar on a terminal, a line now and then elsewhere, nothing on other ranks."""
+
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        self.what, self.total, self.done, self.note = what, total, done, ""
+        self._log = logger("progress")
+        self._start = self._spoke = time.monotonic()
+        self._first = done
+        self._rich: Progress | None = None
+        if is_first_rank() and sys.stderr.isatty():
+            from rich.console import Console
+
+            self._rich = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._rich.add_task(what, total=total, completed=done, note="")
+            self._rich.start()
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """Count ``n`` more as done and show ``note`` beside the bar."""
+        self.done += n
+        self.note = note
+        if self._rich is not None:
+            self._rich.update(self._task, completed=self.done, note=note)
+        elif time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES:
+            self._say()
+
+    def _say(self) -> None:
+        self._spoke = time.monotonic()
+        elapsed = self._spoke - self._start
+        rate = (self.done - self._first) / max(elapsed, 1e-9)
+        left = f", {(self.total - self.done) / rate:.0f} s left" if rate > 0 else ""
+        self._log.info(
+            "%s %d/%d, %.0f s%s  %s", self.what, self.done, self.total, elapsed, left, self.note
+        )
+
+    def close(self) -> None:
+        """Take the bar off the screen and leave its last line."""
+        if self._rich is not None:
+            self._rich.stop()
+        else:
+            self._say()
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """Iterate over ``items`` with a ``Bar``."""
+    with Bar(what, total) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run an entry point: an ``InputError`` becomes a sentence and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        if is_first_rank():
+            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.flush()
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped by the keyboard\n")
+        sys.exit(130)
