@@ -1,0 +1,1 @@
+"""Offline jobs that turn pictures and captions into shards."""

@@ -1,0 +1,1 @@
+"""What a run reads: shards, captions as tokens, images, and which sample comes when."""
