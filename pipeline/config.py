@@ -1,0 +1,183 @@
+"""The shapes of the models and the recipes of their training, as frozen dataclasses.
+
+``presets.py`` fills them in; ``ds_configs/`` says how a run fits its machines. Nothing here imports
+anything of the project but the way to complain.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.console import InputError
+
+LAYER_GROUPS = 4  # of the dVAE: fixed by the released architecture (github.com/openai/DALL-E)
+DOWNSAMPLING = 2 ** (LAYER_GROUPS - 1)  # pixels a side of one code: three poolings
+
+
+def require(holds: bool, sentence: str) -> None:
+    """Raise ``InputError(sentence)`` unless ``holds``."""
+    if not holds:
+        raise InputError(sentence)
+
+
+@dataclass(frozen=True)
+class DvaeConfig:
+    """The image tokenizer (section 2.1, appendix A.1; the released code's names).
+
+    The defaults are the released model: 53,786,240 parameters in the encoder, 43,829,766 in the decoder.
+    """
+
+    image_size: int = 256  # pixels a side
+    n_vocab: int = 8192
+    n_hid: int = 256  # channels of the first group; doubles from group to group
+    n_init: int = 128  # width of the codebook: the decoder's first convolution
+    n_blk_per_group: int = 2
+
+    def __post_init__(self) -> None:
+        require(
+            self.image_size >= DOWNSAMPLING and self.image_size % DOWNSAMPLING == 0,
+            f"image_size is {self.image_size}; it must be a positive multiple of {DOWNSAMPLING}, "
+            "the side of one code in pixels",
+        )
+        require(
+            2 <= self.n_vocab <= 65536,
+            f"n_vocab is {self.n_vocab}; codes are stored as uint16, so take 2 to 65,536",
+        )
+        require(
+            self.n_hid >= 4 and self.n_hid % 4 == 0,
+            f"n_hid is {self.n_hid}; residual paths are a quarter as wide, so take a multiple of 4",
+        )
+        require(self.n_init >= 1, f"n_init is {self.n_init}; take at least 1")
+        require(self.n_blk_per_group >= 1, f"n_blk_per_group is {self.n_blk_per_group}; take 1 or more")
+
+    @property
+    def grid(self) -> int:
+        """Codes a side."""
+        return self.image_size // DOWNSAMPLING
+
+
+@dataclass(frozen=True)
+class DalleConfig:
+    """The transformer (section 2.2, appendix B.1). The defaults are the 12B model."""
+
+    n_layer: int = 64
+    d_model: int = 3968
+    n_head: int = 62
+    n_text: int = 256  # text positions
+    n_text_vocab: int = 16384
+    grid: int = 32  # image tokens a side
+    n_image_vocab: int = 8192
+    conv_kernel: int = 11
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "d_model", "n_head", "n_text", "grid"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} is {value}; take at least 1")
+        for name in ("n_text_vocab", "n_image_vocab"):
+            value = getattr(self, name)
+            require(2 <= value <= 65536, f"{name} is {value}; take 2 to 65,536")
+        require(
+            self.d_model % self.n_head == 0,
+            f"d_model {self.d_model} does not divide into {self.n_head} heads; "
+            "take d_model = 64 * n_head as the paper does",
+        )
+        require(
+            self.conv_kernel >= 1 and self.conv_kernel % 2 == 1,
+            f"conv_kernel is {self.conv_kernel}; it must be odd",
+        )
+
+    @property
+    def n_image(self) -> int:
+        """Image tokens, in raster order."""
+        return self.grid * self.grid
+
+    @property
+    def n_ctx(self) -> int:
+        """Positions of the stream: text, then image."""
+        return self.n_text + self.n_image
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side of the pictures behind the tokens."""
+        return self.grid * DOWNSAMPLING
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Elements of the attention and MLP matrices: 12 * n_layer * d_model^2 (Table 1)."""
+        return 12 * self.n_layer * self.d_model**2
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A value that goes from ``start`` to ``end`` in half a cosine over ``steps`` updates, then stays."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, f"a ramp over {self.steps} steps; take at least 1")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW and what surrounds it."""
+
+    betas: tuple[float, float]
+    weight_decay: float  # not on gains, biases
+    gradient_clipping: float  # of the global norm; 0 is off
+    ema_decay: float
+    ema_every: int = 1  # updates
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class DvaeRun:
+    """Stage 1: what is learned, in which steps (appendix A.2)."""
+
+    model: DvaeConfig
+    optimizer: Optimizer
+    batch: int  # images an update, over all ranks
+    steps: int
+    lr: Ramp
+    beta: Ramp  # weight of the KL term
+    tau: Ramp  # temperature of the relaxation
+    val_fraction: float = 0.01
+    val_images: int = 1024  # looked at in one validation
+    val_every: int = 1000
+    save_every: int = 1000
+    log_every: int = 10
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DalleRun:
+    """Stage 2: what is learned, in which steps (appendix B.2)."""
+
+    model: DalleConfig
+    optimizer: Optimizer
+    batch: int  # captioned images an update, over all ranks
+    steps: int
+    warmup: int  # updates over which the step size grows linearly to lr.start
+    lr: Ramp
+    text_weight: float = 1 / 8  # of the text loss; the image loss has the rest (section 2.2)
+    bpe_dropout: float = 0.1  # footnote 5
+    val_fraction: float = 0.01
+    val_images: int = 1024
+    val_every: int = 1000
+    save_every: int = 1000
+    log_every: int = 10
+    seed: int = 0
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config as JSON would keep it (tuples become lists)."""
+    result: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return result
+
+
+def fingerprint(value: Any) -> str:
+    """16 hexadecimal digits that stand for any JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,164 @@
+"""Named runs. Every number that is the paper's says where it stands there (arXiv 2102.12092)."""
+
+import dataclasses
+import importlib.util
+import inspect
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import DalleConfig, DalleRun, DvaeConfig, DvaeRun, Optimizer, Ramp
+from pipeline.console import InputError
+
+Run = DvaeRun | DalleRun
+
+
+def dvae_paper() -> DvaeRun:
+    """The released image tokenizer, as trained for the paper (section 2.1, appendix A)."""
+    return DvaeRun(
+        model=DvaeConfig(),
+        # A.2; exponential average 0.999 per update
+        optimizer=Optimizer(
+            betas=(0.9, 0.999), weight_decay=1e-4, gradient_clipping=0.0, ema_decay=0.999
+        ),
+        batch=512,  # A.2: 8 images on each of 64 GPUs
+        steps=3_000_000,
+        lr=Ramp(1e-4, 1.25e-6, 1_200_000),
+        beta=Ramp(0.0, 6.6, 5_000),
+        tau=Ramp(1.0, 1 / 16, 150_000),
+        log_every=100,
+        val_every=10_000,
+        save_every=5_000,
+    )
+
+
+def dvae_demo() -> DvaeRun:
+    """64-pixel pictures into 8x8 codes out of 128, in minutes on two CPU cores."""
+    return DvaeRun(
+        model=DvaeConfig(image_size=64, n_vocab=128, n_hid=16, n_init=32, n_blk_per_group=1),
+        optimizer=Optimizer(
+            betas=(0.9, 0.999), weight_decay=1e-4, gradient_clipping=0.0, ema_decay=0.99
+        ),
+        batch=32,
+        steps=2_000,
+        lr=Ramp(3e-3, 3e-4, 2_000),
+        beta=Ramp(0.0, 6.6, 200),
+        tau=Ramp(1.0, 1 / 16, 1_500),
+        val_fraction=0.05,
+        val_images=128,
+        val_every=500,
+        save_every=500,
+    )
+
+
+def _dalle(n_layer: int, d_model: int) -> DalleRun:
+    """The paper's recipe (appendix B.2) for a member of its family: heads of width 64 (Table 1)."""
+    return DalleRun(
+        model=DalleConfig(n_layer=n_layer, d_model=d_model, n_head=d_model // 64),
+        optimizer=Optimizer(
+            betas=(0.9, 0.96),
+            weight_decay=4.5e-2,
+            gradient_clipping=4.0,
+            # B.2: every 25 updates with 0.99
+            ema_decay=0.99,
+            ema_every=25,
+        ),
+        batch=1024,
+        steps=430_000,
+        warmup=5_000,
+        # paper: halved at five plateaus of the training loss, whose places it does not tell;
+        # here: half a cosine to the same last value, 4.5e-4 / 32
+        lr=Ramp(4.5e-4, 4.5e-4 / 32, 430_000),
+        log_every=10,
+    )
+
+
+def dalle_12b() -> DalleRun:
+    """The paper's model: 12,092,178,432 matrix parameters."""
+    return _dalle(64, 3968)
+
+
+def dalle_6b() -> DalleRun:
+    """Table 1's middle model."""
+    return _dalle(64, 2688)
+
+
+def dalle_3b() -> DalleRun:
+    """Table 1's smallest model."""
+    return _dalle(64, 1920)
+
+
+def dalle_1b() -> DalleRun:
+    """The preliminary model of section 2.3, whose width 1280 follows from its 1.2B parameters."""
+    return _dalle(64, 1280)
+
+
+def dalle_demo() -> DalleRun:
+    """Four layers with all three patterns, for the codes of ``dvae_demo``."""
+    return DalleRun(
+        model=DalleConfig(
+            n_layer=4,
+            d_model=128,
+            n_head=4,
+            n_text=32,
+            n_text_vocab=512,
+            grid=8,
+            n_image_vocab=128,
+            conv_kernel=5,
+        ),
+        optimizer=Optimizer(
+            betas=(0.9, 0.96), weight_decay=4.5e-2, gradient_clipping=4.0, ema_decay=0.99
+        ),
+        batch=64,
+        steps=1_500,
+        warmup=100,
+        lr=Ramp(2e-3, 2e-4, 1_500),
+        val_fraction=0.05,
+        val_images=256,
+        val_every=500,
+        save_every=500,
+    )
+
+
+def names() -> list[str]:
+    """The presets of this file."""
+    module = inspect.getmodule(names)
+    return sorted(
+        name
+        for name, value in inspect.getmembers(module, inspect.isfunction)
+        if not name.startswith("_")
+        and inspect.signature(value).return_annotation in (DvaeRun, DalleRun)
+    )
+
+
+def load(name: str, **changes: Any) -> Run:
+    """The run called ``name``, or ``FILE.py:FUNCTION`` of a user's own, with ``changes`` to its fields.
+
+    Raises:
+        InputError: no preset, file or function of that name, or a function that gives something else.
+    """
+    if ":" in name:
+        run = _from_file(name)
+    elif name in names():
+        run = globals()[name]()
+    else:
+        raise InputError(
+            f"no preset is called {name!r}; there are {', '.join(names())}, "
+            "and FILE.py:FUNCTION takes one of your own"
+        )
+    if not isinstance(run, DvaeRun | DalleRun):
+        raise InputError(f"{name} gives a {type(run).__name__}; a preset gives a DvaeRun or DalleRun")
+    return dataclasses.replace(run, **changes) if changes else run
+
+
+def _from_file(name: str) -> Any:
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise InputError(f"preset {name!r}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location("user_presets", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"preset {name!r}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise InputError(f"preset {name!r}: {path} has no function {function}")
+    return getattr(module, function)()
