@@ -1,0 +1,6 @@
+"""How a token looks at other tokens: DALL-E's attention patterns and attention under them."""
+
+from kernels.attention.op import sparse_attention
+from kernels.patterns import Pattern
+
+__all__ = ["Pattern", "sparse_attention"]
