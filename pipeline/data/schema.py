@@ -97,25 +97,25 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object that carries a ``schema_version``.
+def read_json(path: Path, schema_version: int = SCHEMA_VERSION) -> dict[str, Any]:
+    """A JSON object that carries ``schema_version``.
 
     Raises:
-        InputError: missing, not such an object, or of another schema version than this program's.
+        InputError: missing, not such an object, or of another schema version.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror}): is it a finished set?"
+            f"{path} cannot be read ({error.strerror}): did the command that writes it finish?"
         ) from error
     except ValueError as error:
         raise InputError(f"{path} is no JSON ({error}): copy or make it again") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
+    if version != schema_version:
         raise InputError(
-            f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: "
-            "update the program or prepare the data again"
+            f"{path} has schema version {version}, this program reads {schema_version}: "
+            "update the program or make the file again"
         )
     return content
 
