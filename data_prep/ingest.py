@@ -28,7 +28,7 @@ from PIL import Image
 
 from data_prep.sources import RawPair, open_source, survey
 from pipeline.console import Bar, InputError, command, logger
-from pipeline.data.images import PIXEL_LIMIT, ImageError, Pixels, inspect_image, resize_area
+from pipeline.data.images import PIXEL_LIMIT, ImageError, Pixels, inspect_image
 from pipeline.data.schema import image_sha, read_json, write_json
 from pipeline.data.shards import ShardWriter
 
@@ -87,7 +87,7 @@ def check_picture(data: bytes, image_size: int, upscale: bool) -> Picture:
 
     Args:
         data: an encoded picture. It is kept as it is, unless it has to be enlarged; then what is
-            kept is a PNG whose shorter side is ``image_size`` (linear interpolation).
+            kept is a PNG whose shorter side is ``image_size`` (bicubic interpolation).
         image_size: pixels a side that training will crop.
         upscale: enlarge what is smaller, down to ``MIN_SIDE``, instead of rejecting it.
 
@@ -108,18 +108,17 @@ def check_picture(data: bytes, image_size: int, upscale: bool) -> Picture:
         raise Reject(f"side below {image_size} (--upscale would enlarge it)", side)
     enlarged = _enlarge(decoded.pixels, image_size)
     file = io.BytesIO()
-    Image.fromarray(enlarged).save(file, "PNG")
-    height, width = enlarged.shape[:2]
-    return Picture(file.getvalue(), width, height, (*decoded.notes, "upscaled"))
+    enlarged.save(file, "PNG")
+    return Picture(file.getvalue(), *enlarged.size, (*decoded.notes, "upscaled"))
 
 
-def _enlarge(image_HWC: Pixels, image_size: int) -> Pixels:
-    """uint8 [H, W, 3] with a shorter side of ``image_size``."""
+def _enlarge(image_HWC: Pixels, image_size: int) -> Image.Image:
+    """A picture whose shorter side is ``image_size``."""
     short = min(image_HWC.shape[:2])
     height, width = (round(side * image_size / short) for side in image_HWC.shape[:2])
     if height * width > PIXEL_LIMIT:
         raise Reject("too long to be enlarged", f"it would have {width}x{height} pixels")
-    return resize_area(image_HWC, height, width)
+    return Image.fromarray(image_HWC).resize((width, height), Image.Resampling.BICUBIC)
 
 
 class Ledger:

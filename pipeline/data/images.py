@@ -184,7 +184,7 @@ def _broken(data: bytes, error: Exception) -> ImageError:
     return ImageError("corrupt image", detail)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # megabytes each, for photographs
 def _weights(n_in: int, n_out: int) -> NDArray[np.float32]:
     """How much of each old pixel goes into each new one: float32 [n_out, n_in], rows sum to 1."""
     scale = n_in / n_out
@@ -252,16 +252,15 @@ def augment_dalle(image_HWC: Pixels, size: int, rng: np.random.Generator) -> Pix
 
 
 def centre_crop(image_HWC: Pixels, size: int) -> Pixels:
-    """The middle of a picture, uint8 [size, size, 3]: short side resized to ``size``, then cropped.
+    """The middle of a picture, uint8 [size, size, 3]: its largest centred square, resized.
 
     Raises:
         InputError: a side is below ``size``.
     """
     short = _short_side(image_HWC, size)
-    height, width = (max(size, round(side * size / short)) for side in image_HWC.shape[:2])
-    resized = resize_area(image_HWC, height, width)
-    top, left = (height - size) // 2, (width - size) // 2
-    return np.ascontiguousarray(resized[top : top + size, left : left + size])
+    # the square first: long strips would need resizing matrices of many gigabytes
+    top, left = ((side - short) // 2 for side in image_HWC.shape[:2])
+    return resize_area(image_HWC[top : top + short, left : left + short], size, size)
 
 
 def _short_side(image_HWC: Pixels, size: int) -> int:
