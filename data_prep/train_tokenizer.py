@@ -1,6 +1,6 @@
 """Captions of a pair shard set -> a tokenizer folder.
 
-Usage: python -m data_prep.train_tokenizer --data PAIRS --out DIR [--vocab 16384 | --preset NAME]
+python -m data_prep.train_tokenizer --data PAIRS --out DIR [--vocab 16384 | --preset NAME]
 """
 
 import argparse

@@ -11,7 +11,7 @@ Legend: B samples of this rank, Y X code grid; image_BCYX has C = 3 colours, Y X
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, TypeVar
@@ -230,7 +230,7 @@ class PairLoader:
         return augment_dvae(pixels, self.size, rng)
 
 
-def prefetch(iterator: Iterator[T], depth: int = 2) -> Iterator[T]:
+def prefetch(iterator: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
     """The items of ``iterator``, taken up to ``depth`` ahead by one thread.
 
     What ``iterator`` raises is raised here, in its place. Closing the generator stops the thread.

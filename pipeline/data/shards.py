@@ -15,6 +15,7 @@ from pipeline.data.commit import ShardFile, write_manifest, write_shard
 from pipeline.data.schema import (
     ROWS_PER_SHARD,
     SHARD_NAME,
+    fingerprint_of,
     image_sha,
     read_json,
     schema_of,
@@ -129,17 +130,23 @@ class ShardReader:
         self.manifest = read_json(self.folder / "manifest.json")
         try:
             self.kind: str = self.manifest["kind"]
-            self.made_of: dict[str, Any] = self.manifest["made_of"]
+            self.made_of: dict[str, Any] = dict(self.manifest["made_of"])
             self.fingerprint: str = self.manifest["fingerprint"]
             self._shards = self.manifest["shards"]
             rows = [int(shard["rows"]) for shard in self._shards]
-            names = [shard["name"] for shard in self._shards]
+            names = [str(shard["name"]) for shard in self._shards]
             sizes = [int(shard["bytes"]) for shard in self._shards]
             total = int(self.manifest["rows"])
+            fingerprint = fingerprint_of(self._shards)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self.folder}/manifest.json lacks or garbles {error}") from error
         if kind is not None and self.kind != kind:
             raise InputError(f"{self.folder} is a set of {self.kind}, a set of {kind} is needed")
+        if self.fingerprint != fingerprint:
+            raise InputError(
+                f"{self.folder}/manifest.json has fingerprint {self.fingerprint}, its shards have "
+                f"{fingerprint}: copy the set again"
+            )
         if sum(rows) != total:
             raise InputError(
                 f"{self.folder}/manifest.json lists {sum(rows)} rows and claims {total}"

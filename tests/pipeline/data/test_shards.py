@@ -255,7 +255,12 @@ def test_a_manifest_that_is_wrong_is_named(tmp_path):
     edit(path, rows=30, shards=moved)
     with pytest.raises(InputError, match=r"shard-00000\.arrow has 20 rows, the manifest says 21"):
         ShardReader(tmp_path)[0]
-    edit(path, shards=[manifest["shards"][0] | {"name": "../shard-00000.arrow"}], rows=20)
+    edit(path, fingerprint="0" * 64)
+    with pytest.raises(InputError, match="has fingerprint 000"):
+        ShardReader(tmp_path)
+    edit(path, fingerprint=manifest["fingerprint"])
+    moved[0]["name"] = "../shard-00000.arrow"
+    edit(path, shards=moved)
     with pytest.raises(InputError, match="which is no shard"):
         ShardReader(tmp_path)
     edit(path, shards=None)
