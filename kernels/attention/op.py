@@ -4,16 +4,20 @@ Axes: B batch, N token (text, then image), H head, D head width.
 """
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from kernels.attention.naive import naive_attention
+from kernels.attention.windowed import windowed_attention
 from kernels.patterns import Pattern
 
 logger = logging.getLogger("daikon.kernels")
 
-BACKENDS = {"naive": naive_attention}
+# fastest first: the first is the default
+BACKENDS = {"windowed": windowed_attention, "naive": naive_attention}
 
 
 def sparse_attention(
@@ -37,7 +41,8 @@ def sparse_attention(
         v_BNHD: of q's shape, dtype and device.
         pattern: built for this N: text tokens, then the image grid in raster order.
         scale: multiplies the scores; ``D ** -0.5`` when None.
-        backend: "naive"; the fastest when None.
+        backend: "windowed" (plain PyTorch, no N x N scores) or "naive" (the dense definition,
+            float32); the fastest when None.
 
     Returns:
         o_BNHD, in the dtype of q.
@@ -48,7 +53,8 @@ def sparse_attention(
     _check(q_BNHD, k_BNHD, v_BNHD, pattern)
     name = _choose(backend)
     scale = q_BNHD.shape[-1] ** -0.5 if scale is None else scale
-    return BACKENDS[name](q_BNHD, k_BNHD, v_BNHD, pattern, scale)
+    with _without_autocast(q_BNHD.device):
+        return BACKENDS[name](q_BNHD, k_BNHD, v_BNHD, pattern, scale)
 
 
 def _check(q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, pattern: Pattern) -> None:
@@ -81,19 +87,26 @@ def _check(q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, pattern: Pattern) -> 
 
 
 def _choose(backend: str | None) -> str:
-    if backend is not None and backend not in BACKENDS:
+    if backend is None:
+        fastest = next(iter(BACKENDS))
+        _say_once(fastest, "none was asked for and it is the fastest")
+        return fastest
+    if backend not in BACKENDS:
         raise ValueError(
             f"backend {backend!r} does not exist; choose one of {', '.join(BACKENDS)}, "
             "or None for the fastest"
         )
-    if backend is not None:
-        _say_once(backend, "the caller asked for it")
-        return backend
-    name = next(iter(BACKENDS))
-    _say_once(name, "it is the fastest here")
-    return name
+    _say_once(backend, "the caller asked for it")
+    return backend
 
 
 @lru_cache(maxsize=32)
 def _say_once(name: str, reason: str) -> None:
     logger.info("attention backend %s: %s", name, reason)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A backend chooses its own precisions: float32 scores must stay float32."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
