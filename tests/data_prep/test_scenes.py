@@ -32,12 +32,12 @@ def named(caption):
 
 
 def test_pictures_show_what_their_captions_say(tmp_path):
-    write_scenes(tmp_path / "s", 12, 64, seed=3, hold_out=False, two_objects=0.0)
+    write_scenes(tmp_path / "s", 12, 48, seed=3, hold_out=False, two_objects=0.0)
     rows = list(open_source(tmp_path / "s"))
     assert [row.key for row in rows] == [f"00000/{i:08d}" for i in range(12)]
     for i, row in enumerate(rows):
         pixels = np.asarray(Image.open(tmp_path / "s" / "00000" / f"{i:08d}.png"))
-        assert (pixels.shape, pixels.dtype) == ((64, 64, 3), np.uint8)
+        assert (pixels.shape, pixels.dtype) == ((48, 48, 3), np.uint8)
         seen = read(pixels)
         assert row.caption.decode() == (
             f"a {seen.size} {seen.colour} {seen.shape} {seen.place} "
