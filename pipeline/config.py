@@ -26,7 +26,8 @@ def require(holds: bool, sentence: str) -> None:
 class DvaeConfig:
     """The image tokenizer (section 2.1, appendix A.1; the released code's names).
 
-    The defaults are the released model: 53,786,240 parameters in the encoder, 43,829,766 in the decoder.
+    The defaults are the released model: 53,786,240 parameters in the encoder, 43,829,766 in the
+    decoder.
     """
 
     image_size: int = 256  # pixels a side
@@ -50,7 +51,9 @@ class DvaeConfig:
             f"n_hid is {self.n_hid}; residual paths are a quarter as wide, so take a multiple of 4",
         )
         require(self.n_init >= 1, f"n_init is {self.n_init}; take at least 1")
-        require(self.n_blk_per_group >= 1, f"n_blk_per_group is {self.n_blk_per_group}; take 1 or more")
+        require(
+            self.n_blk_per_group >= 1, f"n_blk_per_group is {self.n_blk_per_group}; take 1 or more"
+        )
 
     @property
     def grid(self) -> int:
@@ -111,7 +114,7 @@ class DalleConfig:
 
 @dataclass(frozen=True)
 class Ramp:
-    """A value that goes from ``start`` to ``end`` in half a cosine over ``steps`` updates, then stays."""
+    """From ``start`` to ``end`` in half a cosine over ``steps`` updates; then it stays."""
 
     start: float
     end: float

@@ -1,7 +1,8 @@
 """How commands speak: one logger, one progress bar, one way to fail.
 
-Every entry point ends in ``if __name__ == "__main__": command(main)``. An ``InputError`` leaves it as
-one sentence on standard error and exit code 2; anything else is a bug of ours and keeps its traceback.
+Every entry point ends in ``if __name__ == "__main__": command(main)``. An ``InputError`` leaves it
+as one sentence on standard error and exit code 2; anything else is a bug of ours and keeps its
+traceback.
 """
 
 import logging
@@ -26,7 +27,7 @@ SECONDS_BETWEEN_LINES = 15.0  # of progress, where the output is a file and no t
 
 
 class InputError(ValueError):
-    """A caller, a config or a file is wrong: the message names the value, the bound and the way out."""
+    """A caller, a config or a file is wrong; the message names value, bound and way out."""
 
 
 def is_first_rank() -> bool:
@@ -35,7 +36,7 @@ def is_first_rank() -> bool:
 
 
 def logger(name: str) -> logging.Logger:
-    """The logger of one module, ``[name] 12:00:01 message`` on standard error; silent but on rank 0."""
+    """A logger that says ``[name] 12:00:01 message`` on standard error, on rank 0 only."""
     log = logging.getLogger(f"daikon.{name}")
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)

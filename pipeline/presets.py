@@ -131,10 +131,11 @@ def names() -> list[str]:
 
 
 def load(name: str, **changes: Any) -> Run:
-    """The run called ``name``, or ``FILE.py:FUNCTION`` of a user's own, with ``changes`` to its fields.
+    """The run called ``name``, or a user's ``FILE.py:FUNCTION``, with ``changes`` to its fields.
 
     Raises:
-        InputError: no preset, file or function of that name, or a function that gives something else.
+        InputError: no preset, file or function of that name, or a function that gives something
+        else.
     """
     if ":" in name:
         run = _from_file(name)
@@ -146,7 +147,9 @@ def load(name: str, **changes: Any) -> Run:
             "and FILE.py:FUNCTION takes one of your own"
         )
     if not isinstance(run, DvaeRun | DalleRun):
-        raise InputError(f"{name} gives a {type(run).__name__}; a preset gives a DvaeRun or DalleRun")
+        raise InputError(
+            f"{name} gives a {type(run).__name__}; a preset gives a DvaeRun or DalleRun"
+        )
     return dataclasses.replace(run, **changes) if changes else run
 
 

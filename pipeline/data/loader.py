@@ -51,6 +51,10 @@ class Batch:
     ids: np.ndarray
     n_cut: int
 
+    def __getitem__(self, part: slice) -> "Batch":
+        """Some of the samples."""
+        return Batch(self.text_tokens[part], self.image_tokens[part], self.ids[part], self.n_cut)
+
 
 class _Positions:
     """Which rows this rank takes at a position, and in which epoch each of them is.

@@ -1,11 +1,13 @@
-"""Procedural pictures with exact captions, and a checker that reads a picture back into the same words.
+"""Procedural pictures with exact captions, and a checker that reads them back into words.
 
-A scene is one object, or two with a relation, on a plain background. ``draw`` renders it, ``caption``
-says it, ``read`` looks at any picture of that size, a blurred reconstruction or a sample too, and says
-which colour, shape, size and place it sees. So caption accuracy needs no judge of flesh or network.
+A scene is one object, or two with a relation, on a plain background. ``draw`` renders it,
+``caption`` says it, ``read`` looks at any picture of that size, a blurred reconstruction or a
+sample too, and says which colour, shape, size and place it sees. So caption accuracy needs no
+judge of flesh or network.
 """
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,20 +27,21 @@ BACKGROUNDS = {"white": (250, 250, 250), "grey": (150, 150, 150), "black": (15, 
 SHAPES = ("circle", "square", "triangle", "cross")
 # centres, as shares of the picture's side
 PLACES = {
-    "in the top left": (0.27, 0.27),
-    "in the top right": (0.73, 0.27),
+    "in the top left": (0.28, 0.28),
+    "in the top right": (0.72, 0.28),
     "in the middle": (0.5, 0.5),
-    "in the bottom left": (0.27, 0.73),
-    "in the bottom right": (0.73, 0.73),
+    "in the bottom left": (0.28, 0.72),
+    "in the bottom right": (0.72, 0.72),
 }
-SIZES = {"small": 0.14, "large": 0.22}  # half the side of the object, as a share of the picture's
+SIZES = {"small": 0.16, "large": 0.25}  # half the side of the object, as a share of the picture's
 RELATIONS = {  # the first object's centre and the second's
-    "above": ((0.5, 0.27), (0.5, 0.73)),
-    "below": ((0.5, 0.73), (0.5, 0.27)),
-    "to the left of": ((0.27, 0.5), (0.73, 0.5)),
-    "to the right of": ((0.73, 0.5), (0.27, 0.5)),
+    "above": ((0.5, 0.28), (0.5, 0.72)),
+    "below": ((0.5, 0.72), (0.5, 0.28)),
+    "to the left of": ((0.28, 0.5), (0.72, 0.5)),
+    "to the right of": ((0.72, 0.5), (0.28, 0.5)),
 }
-# (colour, shape) pairs that no training picture shows; each colour and each shape is shown elsewhere
+# (colour, shape) pairs that no training picture shows; each colour and each shape is shown
+# elsewhere
 HELD_OUT = (("red", "triangle"), ("blue", "circle"), ("yellow", "cross"), ("purple", "square"))
 JITTER = 0.02  # of a centre, so that no two pictures of a caption need be equal
 SUPERSAMPLING = 4
@@ -105,8 +108,9 @@ def random_scene(
     return Scene((_random_thing(rng, held_out, PLACES[place]),), place, background)
 
 
-def _pick(rng: np.random.Generator, names: dict[str, object] | tuple[str, ...]) -> str:
-    return tuple(names)[int(rng.integers(len(names)))]
+def _pick(rng: np.random.Generator, names: Iterable[str]) -> str:
+    choices = tuple(names)
+    return choices[int(rng.integers(len(choices)))]
 
 
 def _random_thing(
@@ -161,7 +165,8 @@ def read(image: np.ndarray) -> Reading:
 
     Each pixel goes to the nearest of the nine known colours; the border tells the background, the
     commonest other colour the object's. The object's mask is held against each shape in each size,
-    drawn where the mask's centre is: the best overlap (intersection over union) names shape and size.
+    drawn where the mask's centre is: the best overlap (intersection over union) names shape and
+    size.
 
     Args:
         image: uint8 [side, side, 3].

@@ -1,0 +1,194 @@
+"""Stage 2: train the transformer on token shards (sections 2.2 and 2.4, appendix B).
+
+deepspeed --module pipeline.train_dalle --preset dalle_demo --data TOKENS --tokenizer DIR --out DIR
+\
+    --deepspeed_config ds_configs/zero3_cpu.json
+python -m pipeline.train_dalle ...      without --deepspeed_config: one process, plain PyTorch
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import presets
+from pipeline.config import DalleRun
+from pipeline.console import InputError, command, is_first_rank, logger
+from pipeline.data.loader import Batch, TokenLoader
+from pipeline.data.shards import ShardReader, split_indices
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.models.dalle import NO_TOKEN, Dalle, nll_sums, save_dalle
+from pipeline.models.dvae import load_dvae
+from pipeline.training import ds_config, loop
+from pipeline.training import engine as engines
+from pipeline.training.engine import Engine
+from pipeline.training.schedules import warmed_up
+
+log = logger("dalle")
+
+
+class DalleStage(loop.Stage[Batch]):
+    """Cross-entropy of captions and their image tokens."""
+
+    name = "dalle"
+
+    def __init__(
+        self, run: DalleRun, data: str, tokenizer: str, *, recompute_activations: bool = False
+    ) -> None:
+        self.run: DalleRun = run
+        self.recompute_activations = recompute_activations
+        self.reader = ShardReader(data, "tokens")
+        self.tokenizer = Tokenizer(tokenizer)
+        self._check()
+        self.train_rows, self.val_rows = split_indices(self.reader, run.val_fraction)
+
+    def _check(self) -> None:
+        """The tokens and the tokenizer are those that the model is built for."""
+        model, made_of = self.run.model, self.reader.made_of
+        for what, there, here in (
+            ("a code grid of side", made_of["grid"], model.grid),
+            ("an image vocabulary of", made_of["n_vocab"], model.n_image_vocab),
+        ):
+            if there != here:
+                raise InputError(
+                    f"{self.reader.folder} has {what} {there}, the preset's model {here}; "
+                    "encode with the dVAE that belongs to the preset, or take another preset"
+                )
+        if self.tokenizer.n_vocab > model.n_text_vocab:
+            raise InputError(
+                f"the tokenizer has {self.tokenizer.n_vocab} pieces, the preset's model "
+                f"{model.n_text_vocab}; train the tokenizer with --vocab {model.n_text_vocab}"
+            )
+
+    def build(self) -> Dalle:
+        """A fresh model."""
+        return Dalle(self.run.model)
+
+    def identity(self) -> dict[str, Any]:
+        """Captions and tokens, and what cut them."""
+        return {
+            "tokens": self.reader.fingerprint,
+            "dvae": self.reader.made_of["dvae"],
+            "tokenizer": self.tokenizer.fingerprint,
+        }
+
+    def prepare(self, engine: Engine) -> None:
+        """Loaders of this rank."""
+        module = engine.module
+        assert isinstance(module, Dalle)
+        module.set_compute_dtype(engine.compute_dtype)
+        module.checkpoint_activations = self.recompute_activations
+        run = self.run
+        self._micro = engine.micro_batch
+        share = {"rank": engine.rank, "world": engine.world, "n_text": run.model.n_text}
+        self._train = TokenLoader(
+            self.reader, self.tokenizer, self.train_rows,
+            batch=run.batch, seed=run.seed, dropout=run.bpe_dropout, **share,
+        )  # fmt: skip
+        n = min(run.val_images, len(self.val_rows))
+        self._val_batch = max(min(run.batch, n) // engine.world, 1) * engine.world
+        self._val_images = max(n // self._val_batch, 1) * self._val_batch
+        self._val = TokenLoader(
+            self.reader, self.tokenizer, self.val_rows,
+            batch=self._val_batch, seed=None, dropout=0.0, **share,
+        )  # fmt: skip
+
+    def micro_batches(self, position: int) -> list[Batch]:
+        """This rank's captioned pictures."""
+        whole = self._train.batch_at(position)
+        cuts = range(0, len(whole.ids), self._micro)
+        return [whole[i : i + self._micro] for i in cuts]
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Text tokens and image tokens to predict."""
+        n_text = (batch.text_tokens != NO_TOKEN).sum()
+        return torch.stack([n_text, torch.tensor(batch.image_tokens.numel())]).float()
+
+    def loss(
+        self, engine: Engine, batch: Batch, totals: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Shares of 1/8 text + 7/8 image, each a mean over its tokens of the whole batch (2.2)."""
+        text_nll, image_nll = self._nll(engine, batch)
+        text, image = text_nll / totals[0], image_nll / totals[1]
+        weight = self.run.text_weight
+        return weight * text + (1 - weight) * image, {"text": text, "image": image}
+
+    @staticmethod
+    def _nll(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
+        text = batch.text_tokens.to(engine.device, non_blocking=True)
+        image = batch.image_tokens.to(engine.device, non_blocking=True)
+        text_logits, image_logits = engine.model(text, image)
+        return nll_sums(text_logits, image_logits, text, image)
+
+    def lr(self, step: int) -> float:
+        """Linear warm-up, then half a cosine."""
+        return warmed_up(self.run.lr, self.run.warmup, step)
+
+    def figures(self, step: int) -> dict[str, float]:
+        """No schedule but the step size."""
+        return {}
+
+    @torch.no_grad()
+    def validate(self, engine: Engine, out: Path) -> dict[str, float]:
+        """Text and image loss of held-out captioned pictures, without BPE dropout."""
+        sums = torch.zeros(4, device=engine.device)
+        for position in range(0, self._val_images, self._val_batch):
+            batch = self._val.batch_at(position)
+            nll = torch.stack(self._nll(engine, batch))
+            sums += torch.cat([nll, self.counts(batch).to(engine.device)])
+        text_nll, image_nll, n_text, n_image = engine.sum(sums).tolist()
+        text, image = text_nll / n_text, image_nll / n_image
+        weight = self.run.text_weight
+        return {"loss": weight * text + (1 - weight) * image, "text": text, "image": image}
+
+    def finish(self, engine: Engine, out: Path) -> None:
+        """Export the averaged weights, with the tokenizer beside them."""
+        state = engine.gather("ema")
+        if engine.rank == 0:
+            self.tokenizer.copy_to(out / "tokenizer")
+            made_of = {**self.identity(), "updates": engine.updates}
+            fingerprint = save_dalle(out, state, self.run.model, made_of)
+            log.info("wrote %s, fingerprint %s", out, fingerprint)
+
+
+def check_dvae(tokens: ShardReader, dvae: str) -> None:
+    """Refuse token shards that another dVAE made."""
+    _, fingerprint = load_dvae(dvae)
+    if tokens.made_of["dvae"] != fingerprint:
+        raise InputError(
+            f"{tokens.folder} was made by dVAE {tokens.made_of['dvae']}, and {dvae} is "
+            f"{fingerprint}: encode the pictures again, or name the dVAE that made the tokens"
+        )
+
+
+def main() -> None:
+    """Train stage 2 from the command line."""
+    parser = argparse.ArgumentParser(prog="pipeline.train_dalle", description=__doc__)
+    parser.add_argument("--preset", required=True, help="dalle_demo .. dalle_12b, FILE.py:FUNCTION")
+    parser.add_argument("--data", required=True, help="token shards (data_prep.encode)")
+    parser.add_argument("--tokenizer", required=True, help="folder of data_prep.train_tokenizer")
+    parser.add_argument("--dvae", help="refuse to start unless this dVAE made the tokens")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--deepspeed_config", help="JSON of ds_configs/; without: plain PyTorch")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
+    args = parser.parse_args()
+    run = presets.load(args.preset)
+    if not isinstance(run, DalleRun):
+        raise InputError(f"{args.preset} trains the dVAE; stage 2 takes a dalle preset")
+    recompute = args.deepspeed_config is not None and ds_config.uses_activation_checkpointing(
+        ds_config.read(args.deepspeed_config)
+    )
+    stage = DalleStage(run, args.data, args.tokenizer, recompute_activations=recompute)
+    if args.dvae:
+        check_dvae(stage.reader, args.dvae)
+    engine = engines.make(stage.build, run, args.deepspeed_config)
+    if is_first_rank():
+        args.out.mkdir(parents=True, exist_ok=True)
+    loop.train(stage, engine, args.out)
+    engines.leave(engine)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,196 @@
+"""Stage 1: train the image tokenizer on pair shards (section 2.1, appendix A.2).
+
+deepspeed --module pipeline.train_dvae --preset dvae_demo --data PAIRS --out DIR --deepspeed_config
+F python -m pipeline.train_dvae --preset dvae_demo --data PAIRS --out DIR         (one process, no
+DeepSpeed)
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import presets
+from pipeline.config import DvaeRun
+from pipeline.console import InputError, command, is_first_rank, logger
+from pipeline.data.loader import PairLoader, sample_seed
+from pipeline.data.pictures import save_png, tile, to_uint8
+from pipeline.data.shards import ShardReader, split_indices
+from pipeline.models.dvae import DiscreteVAE, save_dvae
+from pipeline.training import engine as engines
+from pipeline.training import loop
+from pipeline.training.engine import Engine
+from pipeline.training.schedules import at
+
+log = logger("dvae")
+
+SHOWN = 32  # pictures of a reconstruction grid
+
+
+class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
+    """The relaxed ELBO of pictures; a batch is pictures [B, 3, S, S] and their positions."""
+
+    name = "dvae"
+
+    def __init__(self, run: DvaeRun, data: str) -> None:
+        self.run: DvaeRun = run
+        self.reader = ShardReader(data, "pairs")
+        self.train_rows, self.val_rows = split_indices(self.reader, run.val_fraction)
+
+    def build(self) -> DiscreteVAE:
+        """A fresh model."""
+        return DiscreteVAE(self.run.model)
+
+    def identity(self) -> dict[str, Any]:
+        """The pictures."""
+        return {"pairs": self.reader.fingerprint}
+
+    def prepare(self, engine: Engine) -> None:
+        """Loaders of this rank."""
+        module = engine.module
+        assert isinstance(module, DiscreteVAE)
+        module.set_compute_dtype(engine.compute_dtype)
+        self._micro, self._rank, self._world = engine.micro_batch, engine.rank, engine.world
+        run, size = self.run, self.run.model.image_size
+        share = {"rank": engine.rank, "world": engine.world, "size": size}
+        self._train = PairLoader(
+            self.reader, self.train_rows, batch=run.batch, seed=run.seed, **share
+        )
+        n = min(run.val_images, len(self.val_rows))
+        self._val_batch = max(min(run.batch, n) // engine.world, 1) * engine.world
+        self._val_images = max(n // self._val_batch, 1) * self._val_batch
+        self._val = PairLoader(
+            self.reader, self.val_rows, batch=self._val_batch, seed=None, **share
+        )
+
+    def micro_batches(self, position: int) -> list[tuple[Tensor, list[int]]]:
+        """This rank's pictures."""
+        images, _ = self._train.batch_at(position)
+        positions = list(range(position + self._rank, position + self.run.batch, self._world))
+        cuts = range(0, len(positions), self._micro)
+        return [(images[i : i + self._micro], positions[i : i + self._micro]) for i in cuts]
+
+    def counts(self, batch: tuple[Tensor, list[int]]) -> Tensor:
+        """Pictures."""
+        return torch.tensor([float(len(batch[1]))])
+
+    def loss(
+        self, engine: Engine, batch: tuple[Tensor, list[int]], totals: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Shares of (nll + beta KL) / values of a picture, averaged over the batch (A.2)."""
+        images, positions = batch
+        noise = self.noise(positions, engine.device)
+        out = engine.model(images.to(engine.device), noise, at(self.run.tau, step))
+        scale = 1 / (totals[0] * self._values)
+        nll, kl = out["nll_B"].sum() * scale, out["kl_B"].sum() * scale
+        return nll + at(self.run.beta, step) * kl, {"nll": nll, "kl": kl}
+
+    @property
+    def _values(self) -> int:
+        """Pixel values of a picture."""
+        return 3 * self.run.model.image_size**2
+
+    def noise(self, positions: list[int], device: torch.device) -> Tensor:
+        """Standard Gumbel noise [B, V, Y, X], a function of seed and position alone."""
+        grid = self.run.model.grid
+        noise = torch.empty(len(positions), self.run.model.n_vocab, grid, grid, device=device)
+        for row, position in zip(noise, positions, strict=True):
+            generator = torch.Generator(device)
+            generator.manual_seed(sample_seed(self.run.seed, 0, position))
+            row.exponential_(generator=generator)
+        return -noise.log()
+
+    def lr(self, step: int) -> float:
+        """Half a cosine (A.2)."""
+        return at(self.run.lr, step)
+
+    def figures(self, step: int) -> dict[str, float]:
+        """KL weight and temperature."""
+        return {"beta": at(self.run.beta, step), "tau": at(self.run.tau, step)}
+
+    @torch.no_grad()
+    def validate(self, engine: Engine, out: Path) -> dict[str, float]:
+        """Relaxed and hard ELBO side by side, PSNR and codebook use, on held-out pictures."""
+        run, n_vocab = self.run, self.run.model.n_vocab
+        step = engine.updates
+        sums = torch.zeros(4, device=engine.device)
+        used = torch.zeros(n_vocab, device=engine.device)
+        for position in range(0, self._val_images, self._val_batch):
+            images, ids = self._val.batch_at(position)
+            images = images.to(engine.device)
+            noise = self.noise([int(i) for i in ids], engine.device)
+            relaxed = engine.model(images, noise, at(run.tau, step))
+            hard = engine.model(images)
+            terms = (relaxed["nll_B"], hard["nll_B"], hard["kl_B"], hard["error_B"])
+            sums += torch.stack([t.sum() for t in terms])
+            used += torch.bincount(hard["codes_BYX"].flatten(), minlength=n_vocab)
+            if position == 0 and engine.rank == 0:
+                name = out / "reconstructions" / f"step-{step:07d}.png"
+                write_reconstructions(name, images, hard["picture_BCYX"])
+        relaxed_nll, hard_nll, kl, error = (engine.sum(sums) / self._val_images).tolist()
+        share = engine.sum(used) / used.sum()
+        entropy = -(share * torch.log(share.clamp(min=1e-12))).sum().item()
+        return {
+            # in nats a value, as the loss is
+            "relaxed_elbo": -(relaxed_nll + kl) / self._values,
+            "hard_elbo": -(hard_nll + kl) / self._values,
+            "kl_per_code": kl / run.model.grid**2,
+            "psnr_db": -10 * math.log10(max(error, 1e-12)),
+            "codes_used": float((share > 0).sum()),
+            "perplexity": math.exp(entropy),
+        }
+
+    def finish(self, engine: Engine, out: Path) -> None:
+        """Export the averaged weights and look at what they make of held-out pictures."""
+        state = engine.gather("ema")
+        if engine.rank != 0:
+            return
+        dvae = DiscreteVAE(self.run.model)
+        dvae.load_state_dict(state)
+        fingerprint = save_dvae(out, dvae, self.identity())
+        loader = PairLoader(
+            self.reader, self.val_rows, batch=min(SHOWN, len(self.val_rows)), rank=0, world=1,
+            size=self.run.model.image_size, seed=None,
+        )  # fmt: skip
+        images, _ = loader.batch_at(0)
+        with torch.no_grad():
+            pictures = dvae.eval()(images)["picture_BCYX"]
+        write_reconstructions(out / "reconstructions" / "final.png", images, pictures)
+        log.info("wrote %s, fingerprint %s", out, fingerprint)
+
+
+def write_reconstructions(path: Path, images: Tensor, pictures: Tensor) -> None:
+    """A grid: rows of originals, each above the row of their reconstructions."""
+    columns = 8
+    shown, made = to_uint8(images[:SHOWN]), to_uint8(pictures[:SHOWN])
+    rows = range(0, len(shown) - len(shown) % columns or len(shown), columns)
+    pairs = [part[i : i + columns] for i in rows for part in (shown, made)]
+    save_png(path, tile(np.concatenate(pairs), columns))
+
+
+def main() -> None:
+    """Train stage 1 from the command line."""
+    parser = argparse.ArgumentParser(prog="pipeline.train_dvae", description=__doc__)
+    parser.add_argument("--preset", required=True, help="dvae_demo, dvae_paper or FILE.py:FUNCTION")
+    parser.add_argument("--data", required=True, help="pair shards (data_prep.ingest)")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--deepspeed_config", help="JSON of ds_configs/; without: plain PyTorch")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
+    args = parser.parse_args()
+    run = presets.load(args.preset)
+    if not isinstance(run, DvaeRun):
+        raise InputError(f"{args.preset} trains the transformer; stage 1 takes a dvae preset")
+    stage = DvaeStage(run, args.data)
+    engine = engines.make(stage.build, run, args.deepspeed_config)
+    if is_first_rank():
+        args.out.mkdir(parents=True, exist_ok=True)
+    loop.train(stage, engine, args.out)
+    engines.leave(engine)
+
+
+if __name__ == "__main__":
+    command(main)

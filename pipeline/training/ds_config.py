@@ -1,0 +1,146 @@
+"""The gate that a ds_config passes: nothing unknown, and every number with one owner.
+
+DeepSpeed 0.19.8 ignores an unknown key at the top level and takes a missing ``gradient_clipping``
+for 1.0 (both measured), so a file is checked here before DeepSpeed sees it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.console import InputError
+
+# the preset's: "auto" in the file, or absent
+OWNED_BY_PRESET = ("train_batch_size", "gradient_clipping")
+# the file's
+KNOWN = (
+    *OWNED_BY_PRESET,
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "zero_optimization",
+    "bf16",
+    "data_types",
+    "activation_checkpointing",
+    "communication_data_type",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "comms_logger",
+)
+KNOWN_INSIDE = {
+    "bf16": ("enabled",),
+    "data_types": ("grad_accum_dtype",),
+    "activation_checkpointing": ("enabled",),
+}
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The JSON of a ds_config.
+
+    Raises:
+        InputError: no such file, or no JSON object in it.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(
+            f"no ds_config at {path} ({error.strerror}); ds_configs/ has some"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}; a ds_config is a JSON object")
+    return content
+
+
+def resolve(
+    ds: dict[str, Any], *, batch: int, gradient_clipping: float, world: int
+) -> dict[str, Any]:
+    """What DeepSpeed is given: ``ds`` with the preset's numbers and the accumulation that follows.
+
+    Args:
+        ds: the file's content.
+        batch: samples an update over all ranks (the preset's).
+        gradient_clipping: bound of the global norm, 0 for none (the preset's).
+        world: ranks.
+
+    Raises:
+        InputError: unknown keys, two owners of one number, another stage than 3, a batch that the
+        ranks
+            cannot share.
+    """
+    _refuse_unknown(ds)
+    for key in OWNED_BY_PRESET:
+        if ds.get(key, "auto") != "auto":
+            raise InputError(
+                f'{key} is {ds[key]!r} in the ds_config, but the preset owns it: write "auto" there'
+            )
+    zero = ds.get("zero_optimization", {})
+    if zero.get("stage") != 3:
+        raise InputError(
+            f"zero_optimization.stage is {zero.get('stage')!r}; parameters are sharded by "
+            "stage 3 here, and training without --deepspeed_config shards nothing"
+        )
+    micro, accumulation = _micro_batches(ds, batch, world)
+    resolved = {
+        "steps_per_print": 10**9,
+        # our AdamW is a client optimizer
+        "zero_allow_untested_optimizer": True,
+        **{k: v for k, v in ds.items() if k != "activation_checkpointing"},
+        "train_batch_size": batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": gradient_clipping,
+    }
+    if left := [key for key, value in resolved.items() if value == "auto"]:
+        raise InputError(f'"auto" is not understood for {", ".join(left)}; write a number')
+    return resolved
+
+
+def _refuse_unknown(ds: dict[str, Any]) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = set()
+    for name, field in DeepSpeedZeroConfig.model_fields.items():
+        zero |= {name} | ({field.alias} if field.alias else set())
+    inside = {**{k: set(v) for k, v in KNOWN_INSIDE.items()}, "zero_optimization": zero}
+    for where, keys, known in [("", ds, set(KNOWN))] + [
+        (f"{name}.", ds[name], inside[name]) for name in inside if name in ds
+    ]:
+        if not isinstance(keys, dict):
+            raise InputError(f"{where[:-1]} is {keys!r} in the ds_config; it must be an object")
+        if unknown := sorted(set(keys) - known):
+            raise InputError(
+                f"the ds_config has {where}{unknown[0]}, which is unknown here; "
+                f"known are {', '.join(sorted(known))}"
+            )
+
+
+def _micro_batches(ds: dict[str, Any], batch: int, world: int) -> tuple[int, int]:
+    """(samples a rank takes at once, how many times it does so an update)."""
+    micro = ds.get("train_micro_batch_size_per_gpu", "auto")
+    accumulation = ds.get("gradient_accumulation_steps", "auto")
+    if batch % world:
+        raise InputError(
+            f"a batch of {batch} cannot be shared by {world} ranks; start a number that divides it"
+        )
+    if micro == "auto":
+        micro = batch // world // (1 if accumulation == "auto" else accumulation)
+    if accumulation == "auto":
+        accumulation = batch // world // max(1, micro)
+    if micro < 1 or micro * accumulation * world != batch:
+        raise InputError(
+            f"micro-batch {micro} x accumulation {accumulation} x {world} ranks is "
+            f"{micro * accumulation * world}, and the preset's batch is {batch}; "
+            'leave one of them "auto"'
+        )
+    return micro, accumulation
+
+
+def uses_activation_checkpointing(ds: dict[str, Any]) -> bool:
+    """Whether blocks are computed again in the backward pass."""
+    return bool(ds.get("activation_checkpointing", {}).get("enabled", False))
+
+
+def compute_dtype_name(ds: dict[str, Any]) -> str:
+    """The file's word for the matrices: bfloat16 or float32."""
+    return "bfloat16" if ds.get("bf16", {}).get("enabled", False) else "float32"

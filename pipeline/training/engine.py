@@ -1,0 +1,310 @@
+"""Two engines under one loop: DeepSpeed's ZeRO-3, and plain PyTorch on one device.
+
+An engine owns the model, its optimizer and the processes. ``backward`` takes this micro-batch's
+*share* of the loss of the whole batch: the shares of all micro-batches of all ranks add up to the
+loss, so a loss normalised over the whole batch stays what it is under accumulation and data
+parallelism.
+"""
+
+import datetime
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline import config
+from pipeline.console import InputError, logger
+from pipeline.training import ds_config
+from pipeline.training.optimizer import AdamW, parameter_groups
+
+log = logger("train")
+
+STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")  # of the optimizer, beside the float32 weights
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass
+class Slice:
+    """This rank's part of one parameter, flat: its elements from ``start`` on, float32."""
+
+    start: int
+    values: dict[str, Tensor]  # "weight" and, after the first update, STATE_KEYS
+
+
+class Engine(ABC):
+    """What the loop knows of an engine."""
+
+    rank = 0
+    world = 1
+    micro_batch: int
+    accumulation: int
+    device: torch.device
+    compute_dtype: torch.dtype
+    model: nn.Module  # call it for the forward pass
+    module: nn.Module  # the same without DeepSpeed around it
+    updates = 0  # made so far
+
+    @abstractmethod
+    def backward(self, share: Tensor) -> None:
+        """Add the gradients of this micro-batch's share of the loss."""
+
+    @abstractmethod
+    def update(self, lr: float) -> float:
+        """Clip, update, count; returns the global gradient norm before clipping."""
+
+    @abstractmethod
+    def slices(self) -> Iterator[tuple[str, Slice]]:
+        """This rank's parts of all parameters, for a checkpoint."""
+
+    @abstractmethod
+    def restore(self, read: Callable[[str, str, int, int], Tensor], updates: int) -> None:
+        """Set weights and optimizer state from ``read(name, key, start, stop)`` -> flat float32."""
+
+    @abstractmethod
+    def gather(self, key: str) -> dict[str, Tensor]:
+        """All of "weight" or "ema" on rank 0, float32 on the CPU; elsewhere nothing."""
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of ``value`` over the ranks."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+
+class PlainEngine(Engine):
+    """One process, one device, no DeepSpeed."""
+
+    def __init__(
+        self, build: Callable[[], nn.Module], run: config.DvaeRun | config.DalleRun
+    ) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError(
+                f"started as one of {os.environ['WORLD_SIZE']} processes without "
+                "--deepspeed_config: plain PyTorch trains in one process; "
+                "add --deepspeed_config ds_configs/zero3_cpu.json"
+            )
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.compute_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.micro_batch, self.accumulation = run.batch, 1
+        torch.manual_seed(run.seed)
+        self.model = self.module = build().to(self.device)
+        self._clip = run.optimizer.gradient_clipping
+        self._ema_every = run.optimizer.ema_every
+        self._optimizer = AdamW(parameter_groups(self.model, run.optimizer), run.optimizer)
+
+    def backward(self, share: Tensor) -> None:
+        """Add the gradients of a share of the loss."""
+        share.backward()
+
+    def update(self, lr: float) -> float:
+        """Clip, update, count; a norm that is not finite updates nothing."""
+        bound = self._clip if self._clip > 0 else float("inf")
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound))
+        self.updates += 1
+        if norm == norm and norm != float("inf"):
+            self._optimizer.set_lr(lr)
+            self._optimizer.ema_is_due = self.updates % self._ema_every == 0
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def slices(self) -> Iterator[tuple[str, Slice]]:
+        """Whole parameters."""
+        for name, parameter in self.model.named_parameters():
+            values = {"weight": parameter.detach().float().flatten()}
+            state = self._optimizer.state.get(parameter, {})
+            values |= {key: state[key].flatten() for key in STATE_KEYS if key in state}
+            yield name, Slice(0, values)
+
+    @torch.no_grad()
+    def restore(self, read: Callable[[str, str, int, int], Tensor], updates: int) -> None:
+        """Set weights, moments and average."""
+        self.updates = updates
+        for name, p in self.model.named_parameters():
+            p.copy_(read(name, "weight", 0, p.numel()).view_as(p))
+            state = self._optimizer.state[p]
+            state["step"] = torch.tensor(float(updates), device=p.device)
+            for key in STATE_KEYS:
+                state[key] = read(name, key, 0, p.numel()).view_as(p).to(p.device)
+
+    def gather(self, key: str) -> dict[str, Tensor]:
+        """Weights or their average."""
+        result = {}
+        for name, p in self.model.named_parameters():
+            value = p if key == "weight" else self._optimizer.state[p]["ema"]
+            result[name] = value.detach().float().cpu().clone()
+        return result
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed with ZeRO stage 3, under its launcher."""
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        run: config.DvaeRun | config.DalleRun,
+        ds: dict[str, Any],
+    ) -> None:
+        deepspeed = _start_deepspeed()
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        resolved = ds_config.resolve(
+            ds,
+            batch=run.batch,
+            gradient_clipping=run.optimizer.gradient_clipping,
+            world=self.world,
+        )
+        self.micro_batch = resolved["train_micro_batch_size_per_gpu"]
+        self.accumulation = resolved["gradient_accumulation_steps"]
+        self.compute_dtype = getattr(torch, ds_config.compute_dtype_name(ds))
+        torch.manual_seed(run.seed)
+        with deepspeed.zero.Init(config_dict_or_path=resolved):
+            model = build()
+        self._optimizer = AdamW(parameter_groups(model, run.optimizer), run.optimizer)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self._optimizer, config=resolved, dist_init_required=False
+        )
+        self.model, self.module = self._engine, model
+        self.device = torch.device(self._engine.device)
+        self._ema_every = run.optimizer.ema_every
+
+    def backward(self, share: Tensor) -> None:
+        """Add the gradients of a share of the loss."""
+        # DeepSpeed averages over ranks and over the accumulation
+        self._engine.backward(share * (self.world * self.accumulation))
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def update(self, lr: float) -> float:
+        """Clip, update, count; DeepSpeed skips an update whose norm is not finite."""
+        self.updates += 1
+        self._optimizer.set_lr(lr)
+        self._optimizer.ema_is_due = self.updates % self._ema_every == 0
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def slices(self) -> Iterator[tuple[str, Slice]]:
+        """This rank's chunk of each parameter, without DeepSpeed's padding."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        for name, p in self._named_parameters():
+            start, length = self._chunk(p.ds_numel)
+            if length == 0:
+                continue
+            values = {"weight": safe_get_local_fp32_param(p).detach()[:length]}
+            if self.updates:
+                for key in STATE_KEYS:
+                    values[key] = safe_get_local_optimizer_state(p, key).detach()[:length]
+            yield name, Slice(start, values)
+
+    def _named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """Parameters with what ``zero.Init`` hangs on them: ds_numel, ds_shape."""
+        return self.module.named_parameters()
+
+    def _chunk(self, numel: int) -> tuple[int, int]:
+        """(start, length) of this rank's part: ZeRO-3 cuts a parameter into ceil(numel / world)."""
+        size = -(-numel // self.world)
+        return self.rank * size, max(0, min(size, numel - self.rank * size))
+
+    @torch.no_grad()
+    def restore(self, read: Callable[[str, str, int, int], Tensor], updates: int) -> None:
+        """Set the shards of weights, moments and average; internals of DeepSpeed 0.19.8."""
+        self.updates = updates
+        zero = self._engine.optimizer
+        for flat in zero.fp32_partitioned_groups_flat:
+            state = self._optimizer.state[flat]
+            state["step"] = torch.tensor(float(updates), device=flat.device)
+            for key in STATE_KEYS:
+                state[key] = torch.zeros_like(flat)
+        for name, p in self._named_parameters():
+            start, length = self._chunk(p.ds_numel)
+            if length == 0:
+                continue
+            group, offset, _ = zero.grad_position[zero.get_param_id(p)]
+            flat = zero.fp32_partitioned_groups_flat[group]
+            here = slice(offset, offset + length)
+            flat.data[here] = read(name, "weight", start, start + length)
+            for key in STATE_KEYS:
+                self._optimizer.state[flat][key][here] = read(name, key, start, start + length)
+        for group in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if kept_whole := zero.persistent_parameters:
+            kept_whole[0].partition(kept_whole)
+            kept_whole[0].all_gather(kept_whole)
+
+    def gather(self, key: str) -> dict[str, Tensor]:
+        """One parameter at a time; rank 0 keeps them all."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        result = {}
+        for name, p in self._named_parameters():
+            if key == "weight":
+                value = safe_get_full_fp32_param(p)
+            else:
+                value = safe_get_full_optimizer_state(p, "ema")
+            if self.rank == 0:
+                result[name] = value.detach().float().cpu().view(p.ds_shape).clone()
+        return result
+
+
+def _start_deepspeed() -> Any:
+    """Import DeepSpeed and join its launcher's process group."""
+    try:
+        import deepspeed
+        import deepspeed.ops
+        from deepspeed.accelerator import get_accelerator
+    except ImportError as error:
+        raise InputError(
+            f"--deepspeed_config needs DeepSpeed, which does not import here ({error}); install "
+            "requirements.txt, or leave the flag out to train with plain PyTorch"
+        ) from error
+    if "RANK" not in os.environ:
+        raise InputError(
+            "--deepspeed_config is for the deepspeed launcher: start this as "
+            "`deepspeed --module pipeline.train_...`, or leave the flag out for plain PyTorch"
+        )
+    import logging
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if get_accelerator().device_name() == "cpu":
+        # a C++ extension that only inference uses; building it takes a minute and a compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT)
+    return deepspeed
+
+
+def make(
+    build: Callable[[], nn.Module],
+    run: config.DvaeRun | config.DalleRun,
+    ds_config_path: str | None,
+) -> Engine:
+    """The engine for a run: ZeRO-3 with a ds_config, plain PyTorch without."""
+    if ds_config_path is not None:
+        return ZeroEngine(build, run, ds_config.read(ds_config_path))
+    engine = PlainEngine(build, run)
+    log.info("no --deepspeed_config: training with plain PyTorch on one %s", engine.device.type)
+    return engine
+
+
+def leave(engine: Engine) -> None:
+    """Leave the process group and end the process; under plain PyTorch, do nothing."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    engine.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # threads of gloo abort about one exit in six in the interpreter's teardown (pytorch #179291)
+    os._exit(0)

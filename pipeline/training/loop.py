@@ -1,0 +1,123 @@
+"""The training loop. A stage brings its model, its batches and its loss; the rest is here, once."""
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import DalleRun, DvaeRun, as_dict
+from pipeline.console import InputError
+from pipeline.data.loader import prefetch
+from pipeline.training import checkpoint
+from pipeline.training.engine import Engine
+from pipeline.training.telemetry import Telemetry
+
+Batch = TypeVar("Batch")
+
+
+class Stage(ABC, Generic[Batch]):
+    """What one kind of training brings."""
+
+    name: str
+    run: DvaeRun | DalleRun
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """A fresh model."""
+
+    @abstractmethod
+    def prepare(self, engine: Engine) -> None:
+        """Called once, when the engine stands and before the first batch."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """The fingerprints of all inputs: with the preset, what a checkpoint belongs to."""
+
+    @abstractmethod
+    def micro_batches(self, position: int) -> list[Batch]:
+        """This rank's samples of positions [position, position + batch); called in a thread."""
+
+    @abstractmethod
+    def counts(self, batch: Batch) -> Tensor:
+        """What the loss is normalised by, in this micro-batch: float32 [n]."""
+
+    @abstractmethod
+    def loss(
+        self, engine: Engine, batch: Batch, totals: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's shares of the loss and of the figures, given the batch's counts."""
+
+    @abstractmethod
+    def lr(self, step: int) -> float:
+        """The step size of update ``step``, from 0."""
+
+    @abstractmethod
+    def figures(self, step: int) -> dict[str, float]:
+        """Schedules worth a place in the log."""
+
+    @abstractmethod
+    def validate(self, engine: Engine, out: Path) -> dict[str, float]:
+        """Figures on held-out samples; all ranks call it."""
+
+    @abstractmethod
+    def finish(self, engine: Engine, out: Path) -> None:
+        """Export the model to ``out``; all ranks call it."""
+
+
+def train(stage: Stage[Any], engine: Engine, out: Path) -> None:
+    """Train to the preset's last update, from the newest checkpoint under ``out`` if there is one.
+
+    Raises:
+        InputError: a checkpoint of another run, or a loss that is no longer finite.
+    """
+    run = stage.run
+    identity = {"preset": as_dict(run), **stage.identity()}
+    checkpoint.resume(engine, out, identity)
+    stage.prepare(engine)
+    telemetry = Telemetry(out, stage.name, run.steps, engine.updates, speaks=engine.rank == 0)
+    positions = itertools.count(engine.updates * run.batch, run.batch)
+    engine.model.train()
+    try:
+        with closing(prefetch(map(stage.micro_batches, positions))) as stream:
+            while engine.updates < run.steps:
+                figures = _update(stage, engine, next(stream))
+                step = engine.updates
+                telemetry.update(step, figures)
+                if step % run.val_every == 0 or step == run.steps:
+                    engine.model.eval()
+                    telemetry.figures("val", step, stage.validate(engine, out))
+                    engine.model.train()
+                if step % run.save_every == 0 or step == run.steps:
+                    checkpoint.save(engine, out, identity)
+    finally:
+        telemetry.close()
+    stage.finish(engine, out)
+
+
+def _update(stage: Stage[Any], engine: Engine, batches: list[Any]) -> dict[str, float] | None:
+    """One update; returns the figures of the whole batch when they are due."""
+    run, step = stage.run, engine.updates
+    totals = engine.sum(torch.stack([stage.counts(b) for b in batches]).sum(0).to(engine.device))
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        share, figures = stage.loss(engine, batch, totals, step)
+        engine.backward(share)
+        for name, value in {"loss": share, **figures}.items():
+            value = value.detach().float()
+            sums[name] = sums[name] + value if name in sums else value
+    norm = engine.update(stage.lr(step))
+    if not ((step + 1) % run.log_every == 0 or step == 0 or step + 1 == run.steps):
+        return None
+    summed = engine.sum(torch.stack(list(sums.values()))).tolist()
+    result = dict(zip(sums, summed, strict=True))
+    if not math.isfinite(result["loss"]):
+        raise InputError(
+            f"the loss of update {step + 1} is {result['loss']}; the last checkpoint is kept: "
+            "resume with a smaller step size or a longer warm-up in the preset"
+        )
+    return result | {"lr": stage.lr(step), "gradient_norm": norm, **stage.figures(step)}

@@ -1,0 +1,77 @@
+"""What a run tells: metrics.jsonl, TensorBoard, the log and the bar."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.console import Bar, logger
+
+
+class Telemetry:
+    """Writes the figures of rank 0; silent elsewhere.
+
+    ``metrics.jsonl`` has a line an event: ``kind`` is "train" or "val", ``step`` the updates made,
+    and ``time_s`` the seconds of this process. Lines past a resumed step are taken back, so the
+    curve is one.
+    """
+
+    def __init__(self, out: Path, name: str, steps: int, done: int, speaks: bool) -> None:
+        self._speaks = speaks
+        self._log = logger(name)
+        if not speaks:
+            return
+        self._start = time.monotonic()
+        path = out / "metrics.jsonl"
+        _cut(path, done)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
+        # imported late: it takes a second, and only rank 0 needs it
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=done)
+        self.bar = Bar(name, steps, done)
+
+    def figures(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Record ``values`` of update ``step``."""
+        if not self._speaks:
+            return
+        event: dict[str, Any] = {"kind": kind, "step": step}
+        event |= {name: float(f"{value:.8g}") for name, value in values.items()}
+        event["time_s"] = round(time.monotonic() - self._start, 3)
+        self._file.write(json.dumps(event) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+        if kind == "val":
+            self._log.info("step=%d validation %s", step, _line(values))
+
+    def update(self, step: int, values: dict[str, float] | None) -> None:
+        """Update ``step`` is done; its ``values`` when they were due."""
+        if values is not None:
+            self.figures("train", step, values)
+        if self._speaks:
+            self.bar.advance(1, _line(values) if values else self.bar.note)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._speaks:
+            self.bar.close()
+            self._file.close()
+            self._board.close()
+
+
+def _line(values: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:.4g}" for name, value in values.items())
+
+
+def _cut(path: Path, done: int) -> None:
+    """Drop the lines of updates after ``done``, and a half-written last one."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= done:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    path.write_text("".join(kept))
