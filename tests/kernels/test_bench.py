@@ -6,21 +6,6 @@ from kernels import bench
 
 SMALL = ["--n-text", "3", "--grid", "4", "--batch", "1", "--heads", "2", "--width", "4"]
 SMALL += ["--device", "cpu", "--repeats", "1"]
-    "--n-text",
-    "3",
-    "--grid",
-    "4",
-    "--batch",
-    "1",
-    "--heads",
-    "2",
-    "--width",
-    "4",
-    "--repeats",
-    "1",
-    "--device",
-    "cpu",
-]
 
 
 def test_measures_every_path_and_saves_it(tmp_path, capsys):
