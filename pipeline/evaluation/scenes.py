@@ -7,6 +7,7 @@ judge of flesh or network.
 """
 
 import functools
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -82,6 +83,39 @@ class Reading:
     size: str | None
     place: str | None
     background: str
+
+
+def _one_of(words: Iterable[str]) -> str:
+    return "(" + "|".join(words) + ")"
+
+
+_THING = f"a {_one_of(SIZES)} {_one_of(COLOURS)} {_one_of(SHAPES)}"
+_CAPTION = re.compile(
+    f"{_THING} (?:{_one_of(PLACES)}|{_one_of(RELATIONS)} {_THING}) "
+    f"on a {_one_of(BACKGROUNDS)} background"
+)
+
+
+def parse(caption: str) -> Scene:
+    """The scene that a caption speaks of, without jitter: ``parse(c).caption`` is ``c``.
+
+    Raises:
+        InputError: a caption that no scene has.
+    """
+    found = _CAPTION.fullmatch(caption)
+    if found is None:
+        raise InputError(
+            f"caption {caption!r} speaks of no scene; write it like "
+            "'a small red circle in the middle on a grey background' or "
+            "'a small red circle above a small blue square on a grey background', with "
+            f"{', '.join([*SIZES, *COLOURS, *SHAPES, *PLACES, *RELATIONS, *BACKGROUNDS])}"
+        )
+    size, colour, shape, place, relation, *second, background = found.groups()
+    if relation is None:
+        return Scene((Thing(colour, shape, size, PLACES[place]),), place, background)
+    here, there = RELATIONS[relation]
+    other = Thing(second[1], second[2], second[0], there)
+    return Scene((Thing(colour, shape, size, here), other), relation, background)
 
 
 def is_held_out(colour: str, shape: str) -> bool:
