@@ -116,10 +116,8 @@ def plan_for(pattern: Pattern) -> Plan | None:
 @lru_cache(maxsize=64)
 def _hidden_on(plan: Plan, device: torch.device) -> tuple[Tensor, Tensor]:
     """Hidden keys of the text [T, T] and of the blocks [G, Q, L], shared: never write to them."""
-    # a tensor born in inference mode could never be saved for a backward pass later
-    with torch.inference_mode(False):
-        text_TT = torch.ones(plan.n_text, plan.n_text, dtype=torch.bool, device=device).triu(1)
-        return text_TT, plan.hidden().to(device)
+    text_TT = torch.ones(plan.n_text, plan.n_text, dtype=torch.bool, device=device).triu(1)
+    return text_TT, plan.hidden().to(device)
 
 
 class _Windowed(torch.autograd.Function):

@@ -39,3 +39,12 @@ def test_low_precision_is_computed_in_float32(dtype):
     o32 = naive_attention(q.float(), k.float(), v.float(), pattern, 0.3)
     assert o.dtype == dtype
     assert torch.equal(o, o32.to(dtype))
+
+
+def test_training_works_after_a_first_call_in_inference_mode():
+    pattern = Pattern("row", 8, 4)
+    packed, do = packed_qkv(pattern)
+    with torch.inference_mode():
+        first = naive_attention(*packed.unbind(2), pattern, 0.3)
+    again = outputs(lambda q, k, v: naive_attention(q, k, v, pattern, 0.3), packed, do)
+    assert torch.equal(first, again["o"])
