@@ -117,7 +117,7 @@ def test_record_batches_hold_8192_rows(tmp_path):
 
 def test_the_same_rows_give_the_same_bytes(tmp_path):
     a = write(tmp_path / "a", "tokens", token_rows(30), 20)
-    b = write(tmp_path / "b", "tokens", token_rows(30), 20)
+    b = write(tmp_path / "b", "tokens", token_rows(30), 20, dict(reversed(TOKENS.items())))
     c = write(tmp_path / "c", "tokens", token_rows(30, seed=1), 20)
     assert a == b
     assert a["fingerprint"] != c["fingerprint"]
@@ -283,6 +283,13 @@ def test_rows_outside_the_set_are_refused(tmp_path):
             reader[index]
         with pytest.raises(IndexError):
             reader.captions(np.array([0, index]))
+        with pytest.raises(IndexError):
+            reader.image_tokens(np.array([0, index]))
+
+
+def test_identity_of_a_picture_is_that_of_its_bytes():
+    # of nothing: the well-known start of its sha256
+    assert image_sha(b"").hex() == "e3b0c44298fc1c149afbf4c8996fb924"
 
 
 def test_split_depends_on_the_key_alone(tmp_path):

@@ -1,0 +1,273 @@
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_prep import encode as job
+from pipeline.config import DvaeConfig
+from pipeline.console import InputError, command
+from pipeline.data.images import augment_dalle, resize_area
+from pipeline.data.shards import ShardReader, ShardWriter, image_sha
+from pipeline.models.dvae import DiscreteVAE, load_dvae, save_dvae
+
+SIZE = 16
+CONFIG = DvaeConfig(image_size=SIZE, n_vocab=32, n_hid=8, n_init=8, n_blk_per_group=1)
+PER_SHARD = 7
+N = 24  # shards of 7, 7, 7 and 3 rows
+
+
+def picture(i):
+    rng = np.random.default_rng(i)
+    height, width = rng.integers(SIZE, 3 * SIZE, 2)
+    coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return resize_area(coarse, int(height), int(width))
+
+
+def crop_of(i):
+    """What is to be encoded, float32 [3, SIZE, SIZE]."""
+    crop = augment_dalle(picture(i), SIZE, job.crop_rng(0, f"p{i}", 0))
+    return torch.from_numpy(crop).permute(2, 0, 1).float() / 255
+
+
+def write_pairs(folder, pictures):
+    with ShardWriter(folder, "pairs", {"source": "test"}, rows_per_shard=PER_SHARD) as writer:
+        for i, pixels in enumerate(pictures):
+            Image.fromarray(pixels).save(file := io.BytesIO(), format="PNG")
+            data, (height, width) = file.getvalue(), pixels.shape[:2]
+            row = {"key": f"p{i}", "caption": f"caption {i}", "image": data}
+            writer.add(row | {"width": width, "height": height, "image_sha": image_sha(data)})
+    return folder
+
+
+def write_dvae(folder, seed):
+    torch.manual_seed(seed)
+    dvae = DiscreteVAE(CONFIG)
+    with torch.no_grad():
+        # an untrained encoder gives nearly the same codes to all pictures: centre each code's logit
+        logits_BVYX = dvae.logits(torch.stack([crop_of(i) for i in range(N)]))
+        dvae.encoder.blocks.output.conv.b.sub_(logits_BVYX.mean(dim=(0, 2, 3)))
+    save_dvae(folder, dvae)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_dvae(folder / "dvae", 0)
+    write_dvae(folder / "other", 1)
+    write_pairs(folder / "pairs", [picture(i) for i in range(N)])
+    return folder
+
+
+def make_job(inputs, out, dvae="dvae", seed=0, batch=4):
+    model, fingerprint = load_dvae(inputs / dvae)
+    pairs = ShardReader(inputs / "pairs")
+    made_of = job.describe(pairs, model, fingerprint, seed)
+    return job.Job(pairs, model, out, made_of, batch)
+
+
+def encode(*args, rank=0, world=1, **kwargs):
+    return job.encode(make_job(*args, **kwargs), rank, world, torch.device("cpu"))
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """The set as one process makes it."""
+    out = tmp_path_factory.mktemp("whole") / "tokens"
+    assert encode(inputs, out)["rows"] == N
+    return out
+
+
+def test_tokens_are_the_codes_of_the_papers_crops(inputs, whole):
+    dvae, fingerprint = load_dvae(inputs / "dvae")
+    reader = ShardReader(whole, kind="tokens")
+    pairs = ShardReader(inputs / "pairs")
+    assert len(reader) == N
+    assert reader.made_of == {
+        "dvae": fingerprint,
+        "pairs": pairs.fingerprint,
+        "image_size": SIZE,
+        "grid": 2,
+        "n_vocab": 32,
+        "crops": 1,
+        "crop_seed": 0,
+    }
+    assert [s["rows"] for s in reader.manifest["shards"]] == [7, 7, 7, 3]
+    for i in range(N):
+        row, pair = reader[i], pairs[i]
+        assert [row[c] for c in ("key", "caption", "image_sha")] == [
+            pair[c] for c in ("key", "caption", "image_sha")
+        ]
+        logits_VN = dvae.logits(crop_of(i)[None])[0].flatten(1)
+        codes_N = torch.from_numpy(row["image_tokens"].astype(np.int64))
+        chosen_N = logits_VN.gather(0, codes_N[None])[0]
+        # another batch shape may round a near tie the other way
+        torch.testing.assert_close(chosen_N, logits_VN.max(0).values, rtol=0, atol=1e-5)
+    assert len(np.unique(reader.image_tokens(np.arange(N)))) > 20
+
+
+def test_crop_box_is_what_was_cut_out(inputs, whole):
+    # Listing 2 step by step from the stored box: square near the centre, resized, cropped
+    reader = ShardReader(whole)
+    for i in range(N):
+        pixels = picture(i)
+        left, top, side, flip = reader[i]["crops"].astype(np.float64)
+        height, width = pixels.shape[:2]
+        assert flip == 0
+        assert 0 <= left <= left + side <= width + 1e-4
+        assert 0 <= top <= top + side <= height + 1e-4
+        short = min(height, width)
+        t = round(SIZE * short / side)
+        crop = augment_dalle(pixels, SIZE, job.crop_rng(0, f"p{i}", 0))
+        places = [
+            (y, x)
+            for y in range(height - short + 1)
+            for x in range(width - short + 1)
+            for resized in [resize_area(pixels[y : y + short, x : x + short], t, t)]
+            for down in [round((top - y) * t / short)]
+            for right in [round((left - x) * t / short)]
+            if 0 <= down <= t - SIZE and 0 <= right <= t - SIZE
+            if np.array_equal(resized[down : down + SIZE, right : right + SIZE], crop)
+        ]
+        assert places, f"picture {i}: {left} {top} {side}"
+
+
+def test_crops_depend_on_key_seed_and_number_alone(inputs, whole, tmp_path):
+    draws = {
+        tuple(job.crop_rng(*which).integers(0, 1 << 30, 3))
+        for which in [(0, "a", 0), (0, "a", 1), (1, "a", 0), (0, "b", 0)]
+    }
+    assert len(draws) == 4
+    encode(inputs, tmp_path, seed=1)
+    crops = [ShardReader(folder).column("crops", np.arange(N)) for folder in (whole, tmp_path)]
+    assert sum(a != b for a, b in zip(*crops, strict=True)) > N // 2
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_ranks_in_any_order_make_the_same_bytes(inputs, whole, tmp_path, world):
+    for rank in reversed(range(world)):
+        manifest = encode(inputs, tmp_path, rank=rank, world=world)
+        # only the last one finds all shards; rank 4 of 5 has none to do
+        assert (manifest is not None) == (rank == 0)
+    assert files(tmp_path) == files(whole)
+
+
+def test_a_stopped_run_goes_on_where_it_was(inputs, whole, tmp_path, monkeypatch):
+    decoded = []
+    decode = job.decode_image
+
+    def stopping(data):
+        decoded.append(1)
+        if len(decoded) > 17:
+            raise KeyboardInterrupt
+        return decode(data)
+
+    monkeypatch.setattr(job, "decode_image", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        encode(inputs, tmp_path)
+    assert set(files(tmp_path)) == {f"shard-0000{k}.{e}" for k in (0, 1) for e in ("arrow", "json")}
+    # a shard that lost its end, and one without its record, count as not done
+    os.truncate(tmp_path / "shard-00001.arrow", 100)
+    decoded.clear()
+    monkeypatch.setattr(job, "decode_image", lambda data: decoded.append(1) or decode(data))
+    assert encode(inputs, tmp_path)["rows"] == N
+    assert len(decoded) == N - PER_SHARD
+    assert files(tmp_path) == files(whole)
+    decoded.clear()
+    assert encode(inputs, tmp_path)["rows"] == N
+    assert decoded == []
+
+
+def test_a_folder_of_other_tokens_is_refused(inputs, whole):
+    before = files(whole)
+    ours, theirs = (load_dvae(inputs / name)[1] for name in ("dvae", "other"))
+    with pytest.raises(InputError, match=f"dvae {ours}, this run makes them with dvae {theirs}"):
+        encode(inputs, whole, dvae="other")
+    with pytest.raises(InputError, match="crop_seed 0, this run makes them with crop_seed 9"):
+        encode(inputs, whole, seed=9)
+    # not even when --out is the pair set itself
+    pairs = files(inputs / "pairs")
+    with pytest.raises(InputError, match="with dvae None"):
+        encode(inputs, inputs / "pairs")
+    assert files(whole) == before
+    assert files(inputs / "pairs") == pairs
+
+
+def test_a_picture_that_is_too_small_is_named(inputs, tmp_path):
+    write_pairs(tmp_path / "pairs", [picture(0), picture(1)[: SIZE - 1]])
+    (tmp_path / "dvae").symlink_to(inputs / "dvae")
+    with pytest.raises(InputError, match=r"picture 'p1': .*smaller than the 16x16"):
+        encode(tmp_path, tmp_path / "out")
+    assert files(tmp_path / "out") == {}
+
+
+def start(out, inputs, launcher=(sys.executable, "-m"), **environment):
+    places = ["--data", inputs / "pairs", "--dvae", inputs / "dvae", "--out", out, "--batch", "4"]
+    return subprocess.Popen(
+        [*launcher, "data_prep.encode", *map(str, places)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+def test_two_ranks_at_once_make_the_same_bytes(inputs, whole, tmp_path):
+    ranks = [start(tmp_path, inputs, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    errors = [rank.communicate()[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    assert files(tmp_path) == files(whole)
+    # the second rank is silent
+    assert errors[1] == ""
+    assert "encode 14/14" in errors[0]
+
+
+def test_mistakes_end_in_one_sentence_and_exit_code_2(inputs, whole, monkeypatch, capsys):
+    for changes, words in [
+        ({"--dvae": inputs / "other"}, "this run makes them with dvae"),
+        ({"--dvae": inputs / "nowhere"}, "nowhere"),
+        ({"--data": whole}, "is a set of tokens, a set of pairs is needed"),
+        ({"--batch": 0}, "--batch 0"),
+    ]:
+        options = {"--data": inputs / "pairs", "--dvae": inputs / "dvae", "--out": whole} | changes
+        arguments = [str(word) for pair in options.items() for word in pair]
+        monkeypatch.setattr(sys, "argv", ["encode", *arguments, "--local_rank=0"])
+        with pytest.raises(SystemExit) as ended:
+            command(job.main)
+        assert ended.value.code == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith("error: ")
+        assert words in message
+
+
+@pytest.mark.dist
+def test_deepspeed_launcher_makes_the_same_bytes(inputs, whole, tmp_path):
+    deepspeed = Path(sys.executable).parent / "deepspeed"
+    launcher = [deepspeed, "--num_gpus", "2", "--master_port", "29577", "--module"]
+    run = start(tmp_path, inputs, launcher, DS_ACCELERATOR="cpu")
+    error = run.communicate()[1]
+    assert run.returncode == 0, error
+    assert files(tmp_path) == files(whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_gives_the_codes_of_the_cpu(inputs, whole, tmp_path):
+    for name in ("a", "b"):
+        run = start(tmp_path / name, inputs)
+        error = run.communicate()[1]
+        assert run.returncode == 0, error
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    tokens = [ShardReader(folder).image_tokens(np.arange(N)) for folder in (whole, tmp_path / "a")]
+    # near ties may fall the other way
+    assert (tokens[0] != tokens[1]).mean() < 0.05
