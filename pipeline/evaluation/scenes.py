@@ -24,7 +24,7 @@ COLOURS = {
     "purple": (150, 50, 180),
     "orange": (245, 130, 20),
 }
-BACKGROUNDS = {"white": (250, 250, 250), "grey": (150, 150, 150), "black": (15, 15, 15)}
+BACKGROUNDS = {"white": (250, 250, 250), "grey": (185, 185, 185), "pink": (250, 200, 210)}
 SHAPES = ("circle", "square", "triangle", "cross")
 # centres, as shares of the picture's side
 PLACES = {

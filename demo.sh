@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# From captioned pictures to new pictures, on two CPU cores or a GPU: every line is a command you can type.
+#
+#   ./demo.sh             with scenes drawn here                          -> runs/demo/report.html
+#   ./demo.sh DATA        with your own pictures: a folder of images with a .txt beside each,
+#                         or WebDataset tars                              -> runs/own/report.html
+#
+# Started again it goes on where it stopped. `rm -r runs/demo` starts afresh.
+set -euo pipefail
+cd "$(dirname "$0")"
+export PATH="$PWD/.venv/bin:$PATH"
+
+DATA=${1:-}
+OUT=runs/demo DVAE=dvae_demo DALLE=dalle_demo
+if [ -n "$DATA" ]; then OUT=runs/own DVAE=dvae_own DALLE=dalle_own; fi
+mkdir -p "$OUT"
+
+# one rank a GPU, or two ranks that share the cores; bfloat16 where the hardware multiplies it
+RANKS=$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
+CONFIG=ds_configs/zero3_cpu.json
+if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = True ] ||
+    grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then CONFIG=ds_configs/zero3_bf16.json; fi
+
+# run a stage and note its seconds for the report
+stage() {
+    local name=$1 start=$SECONDS
+    shift
+    echo "--- $name: $*" >&2
+    "$@"
+    echo "$name $((SECONDS - start))" >>"$OUT/seconds.txt"
+}
+train() { # the deepspeed launcher, on a port that is free
+    local port
+    port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} deepspeed --num_accelerators "$RANKS" --master_port "$port" \
+        --log_level error --module "$@" --deepspeed_config "$CONFIG"
+}
+
+rm -f "$OUT/seconds.txt"
+
+# 1. captioned pictures
+if [ -z "$DATA" ]; then
+    DATA=$OUT/scenes
+    stage scenes python -m data_prep.scenes --count 6000 --out "$DATA" --image-size 64
+    stage scenes python -m data_prep.scenes --count 256 --out "$OUT/held_out" --image-size 64 --hold-out
+fi
+
+# 2. checked, counted, packed into Arrow shards
+stage ingest python -m data_prep.ingest "$DATA" --out "$OUT/pairs" --preset "$DVAE" --upscale
+
+# 3. captions -> byte pairs
+stage tokenizer python -m data_prep.train_tokenizer --data "$OUT/pairs" --out "$OUT/tokenizer" --preset "$DALLE"
+
+# 4. stage 1: pictures -> a grid of codes
+stage train_dvae train pipeline.train_dvae --preset "$DVAE" --data "$OUT/pairs" --out "$OUT/dvae"
+
+# 5. the frozen dVAE turns all pictures into token shards
+stage encode python -m data_prep.encode --data "$OUT/pairs" --dvae "$OUT/dvae" --out "$OUT/tokens"
+
+# 6. stage 2: the transformer, its parameters sharded by ZeRO-3
+stage train_dalle train pipeline.train_dalle --preset "$DALLE" --data "$OUT/tokens" \
+    --tokenizer "$OUT/tokenizer" --dvae "$OUT/dvae" --out "$OUT/dalle"
+
+# 7. new pictures
+if [ "$OUT" = runs/demo ]; then
+    # 128 and more captions of (colour, shape) pairs that no training picture shows, and as many seen ones
+    awk 1 "$OUT"/held_out/*/*.txt >"$OUT/held_out.txt"
+    awk 1 "$OUT"/scenes/*/*.txt | head -n 256 >"$OUT/seen.txt"
+    SETS="held_out seen"
+else
+    python - "$OUT/pairs" >"$OUT/seen.txt" <<'PYTHON'
+import sys
+from pipeline.data.shards import ShardReader
+pairs = ShardReader(sys.argv[1])
+for i in range(0, len(pairs), max(1, len(pairs) // 48)):
+    sys.stdout.write(pairs[i]["caption"] + "\n")
+PYTHON
+    SETS=seen
+fi
+SAMPLES=()
+for set in $SETS; do
+    stage sample python -m pipeline.sample --model "$OUT/dalle" --dvae "$OUT/dvae" \
+        --captions "$OUT/$set.txt" --seed 0 --out "$OUT/samples/$set"
+    SAMPLES+=("$set=$OUT/samples/$set")
+done
+
+# 8. one page about it all
+python -m pipeline.report --dvae "$OUT/dvae" --dalle "$OUT/dalle" --pairs "$OUT/pairs" \
+    --samples "${SAMPLES[@]}" --seconds "$OUT/seconds.txt" --out "$OUT"
+echo "open $OUT/report.html" >&2

@@ -1,0 +1,278 @@
+"""One page about a run from pictures to pictures: report.html, and report.json beside it.
+
+python -m pipeline.report --dvae DIR --dalle DIR --pairs DIR --samples NAME=DIR ... --out runs/demo
+
+The page holds all its pictures. Where captions describe scenes (pipeline.evaluation.scenes), the
+checker reads every sample back and the page says how often it shows what its caption asks for.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.console import InputError, command, logger
+from pipeline.data.images import centre_crop, decode_image
+from pipeline.data.pictures import to_uint8
+from pipeline.data.shards import ShardReader
+from pipeline.evaluation import scenes
+from pipeline.models.dvae import DiscreteVAE, load_dvae
+from pipeline.weights import write_bytes, write_json
+
+log = logger("report")
+
+WORDS = ("colour", "shape", "place")  # what caption accuracy means in the demo
+CHECKED = 512  # pictures that the checker reads for the accuracy of renders and reconstructions
+SHOWN = 24  # samples on the page, of each set
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The events of a run's metrics.jsonl.
+
+    Raises:
+        InputError: no such file, or a line that is no JSON.
+    """
+    path = run / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); was {run} trained?") from error
+    except ValueError as error:
+        raise InputError(f"{path} has a line that is no JSON: {error}") from error
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a folder of pipeline.sample, each with its ``image`` uint8 [Y, X, 3]."""
+    path = folder / "samples.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); run pipeline.sample"
+        ) from error
+    for row in rows:
+        row["image"] = np.asarray(Image.open(folder / row["file"]).convert("RGB"))
+    return rows
+
+
+def caption_accuracy(rows: list[tuple[str, np.ndarray]]) -> dict[str, float] | None:
+    """Share of pictures that show what their caption says, word by word; None without any scene.
+
+    Args:
+        rows: captions and pictures uint8 [Y, X, 3]; captions of other than one object are left out.
+    """
+    counts: dict[str, int] = {}
+    n = 0
+    for caption, image in rows:
+        try:
+            scene = scenes.parse(caption)
+        except InputError:
+            continue
+        if len(scene.things) != 1:
+            continue
+        n += 1
+        for word, holds in scenes.describes(scene, image).items():
+            counts[word] = counts.get(word, 0) + holds
+    return {"n": n, **{word: count / n for word, count in counts.items()}} if n else None
+
+
+def reconstruct(dvae: DiscreteVAE, pairs: ShardReader) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(caption, picture, its reconstruction) of the first pictures of a set."""
+    side, rows = dvae.config.image_size, []
+    for start in range(0, min(CHECKED, len(pairs)), 32):
+        some = [pairs[i] for i in range(start, min(start + 32, CHECKED, len(pairs)))]
+        images = np.stack([centre_crop(decode_image(row["image"]), side) for row in some])
+        batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        with torch.inference_mode():
+            made = to_uint8(dvae.decode(dvae.encode(batch)))
+        rows += [(row["caption"], a, b) for row, a, b in zip(some, images, made, strict=True)]
+    return rows
+
+
+def curves(runs: dict[str, list[dict[str, Any]]], wanted: dict[str, tuple[str, ...]]) -> bytes:
+    """A PNG with one panel a run: the wanted figures over the updates, validation as dots."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 3.4), squeeze=False)
+    for axis, (name, events) in zip(axes[0], runs.items(), strict=True):
+        for key in wanted[name]:
+            for kind, style in (("train", "-"), ("val", "o")):
+                points = [(e["step"], e[key]) for e in events if e["kind"] == kind and key in e]
+                if points:
+                    axis.plot(*zip(*points, strict=True), style, label=f"{kind} {key}", ms=4, lw=1)
+        axis.set_title(name)
+        axis.set_xlabel("update")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _img(png: bytes, alt: str, css: str = "") -> str:
+    data = base64.b64encode(png).decode()
+    return f'<img class="{css}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{cells}</tr>{body}</table>"
+
+
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222}
+h1{margin-bottom:0}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}
+table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.25rem .9rem;text-align:right;
+border-bottom:1px solid #eee}td:first-child,th:first-child{text-align:left}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:14px}
+figure{margin:0}figcaption{font-size:12px;line-height:1.3;color:#444}
+.pixel{image-rendering:pixelated;width:100%;max-width:150px}.wide{max-width:100%}
+.sheet{image-rendering:pixelated;width:100%;max-width:900px}
+"""
+
+
+def _samples_section(name: str, rows: list[dict[str, Any]]) -> str:
+    figures = "".join(
+        f"<figure>{_img(_png(row['image']), row['caption'], 'pixel')}"
+        f"<figcaption>{html.escape(row['caption'])}</figcaption></figure>"
+        for row in rows[:SHOWN]
+    )
+    return f"<h2>Samples: {html.escape(name)}</h2><div class='grid'>{figures}</div>"
+
+
+def _accuracy_section(accuracy: dict[str, dict[str, float] | None]) -> str:
+    known = {name: value for name, value in accuracy.items() if value}
+    if not known:
+        return ""
+    words = [w for w in next(iter(known.values())) if w != "n"]
+    rows = [
+        [name, f"{value['n']:.0f}", *(f"{100 * value[w]:.1f} %" for w in words)]
+        for name, value in known.items()
+    ]
+    return (
+        "<h2>Caption accuracy</h2><p>A checker without any learning reads each picture back; "
+        "a word counts when it reads what the caption says. By chance: colour 17 %, shape 25 %, "
+        "place 20 %.</p>" + _table(["pictures", "n", *words], rows)
+    )
+
+
+def last(events: list[dict[str, Any]], kind: str) -> dict[str, float]:
+    """The figures of the last event of a kind."""
+    found = [e for e in events if e["kind"] == kind]
+    return {k: v for k, v in found[-1].items() if k not in ("kind", "time_s")} if found else {}
+
+
+def make_report(
+    dvae_folder: Path,
+    dalle_folder: Path,
+    pairs_folder: Path,
+    samples: dict[str, Path],
+    seconds: dict[str, float],
+) -> tuple[str, dict[str, Any]]:
+    """The page, and its figures as JSON."""
+    metrics = {"dvae": read_metrics(dvae_folder), "dalle": read_metrics(dalle_folder)}
+    dvae, _ = load_dvae(dvae_folder)
+    made = reconstruct(dvae, ShardReader(pairs_folder, "pairs"))
+    sampled = {name: read_samples(folder) for name, folder in samples.items()}
+    accuracy = {name: caption_accuracy([(r["caption"], r["image"]) for r in rows])
+                for name, rows in sampled.items()}  # fmt: skip
+    renders = caption_accuracy([(caption, image) for caption, image, _ in made])
+    reconstructions = caption_accuracy([(caption, image) for caption, _, image in made])
+    vals = {name: last(events, "val") for name, events in metrics.items()}
+    peak = max(v.get("peak_gib", 0.0) for v in vals.values())
+    first = next(iter(accuracy.values()), None)
+    figures = {
+        "caption_accuracy": {w: first[w] for w in WORDS} if first else None,
+        "caption_accuracy_by_set": accuracy,
+        "render_accuracy": renders,
+        "reconstruction_accuracy": reconstructions,
+        "seconds": seconds,
+        "peak_gib": peak,
+        "losses": {name: {"train": last(events, "train"), "val": vals[name]}
+                   for name, events in metrics.items()},
+    }  # fmt: skip
+    table = {**accuracy, "true renders": renders, "dVAE reconstructions": reconstructions}
+    drawn = curves(
+        metrics, {"dvae": ("loss", "hard_elbo", "relaxed_elbo"), "dalle": ("text", "image")}
+    )
+    at_end = {"codes_used": 0.0, "perplexity": 0.0, "psnr_db": 0.0, **vals["dvae"]}
+    usage = (
+        f"{at_end['codes_used']:.0f} of {dvae.config.n_vocab} codes used, "
+        f"perplexity {at_end['perplexity']:.1f}, {at_end['psnr_db']:.1f} dB"
+    )
+    sheet = dvae_folder / "reconstructions" / "final.png"
+    page = [
+        f"<!doctype html><meta charset='utf-8'><title>Daikon report</title><style>{STYLE}</style>",
+        "<h1>From captioned pictures to new pictures</h1>",
+        f"<p>{len(made)} pictures looked at, {sum(len(r) for r in sampled.values())} drawn, "
+        f"{sum(seconds.values()) / 60:.1f} minutes in all, {peak:.2f} GiB at most.</p>",
+        *(_samples_section(name, rows) for name, rows in sampled.items()),
+        _accuracy_section(table),
+        "<h2>Stage 1: pictures and their reconstructions</h2>",
+        f"<p>Rows of held-out pictures, each above what the decoder makes of its codes. {usage}.</p>",
+        _img(sheet.read_bytes(), "originals above reconstructions", "sheet")
+        if sheet.exists()
+        else "",
+        "<h2>Curves</h2>",
+        _img(drawn, "losses of both stages", "wide"),
+        "<h2>Time by stage</h2>",
+        _table(["stage", "seconds"], [[name, f"{s:.0f}"] for name, s in seconds.items()]),
+    ]
+    return "\n".join(page), figures
+
+
+def main() -> None:
+    """Write the report from the command line."""
+    parser = argparse.ArgumentParser(prog="pipeline.report", description=__doc__)
+    parser.add_argument("--dvae", required=True, type=Path, help="--out of pipeline.train_dvae")
+    parser.add_argument("--dalle", required=True, type=Path, help="--out of pipeline.train_dalle")
+    parser.add_argument("--pairs", required=True, type=Path, help="pictures to reconstruct")
+    parser.add_argument("--samples", required=True, nargs="+", metavar="NAME=DIR",
+                        help="folders of pipeline.sample; the first is the one that counts")  # fmt: skip
+    parser.add_argument("--seconds", type=Path, help="lines of: stage seconds")
+    parser.add_argument("--out", required=True, type=Path)
+    args = parser.parse_args()
+    samples = {}
+    for item in args.samples:
+        name, sign, folder = item.partition("=")
+        if not sign or not name or not folder:
+            raise InputError(f"--samples takes NAME=DIR, not {item!r}")
+        samples[name] = Path(folder)
+    seconds: dict[str, float] = {}
+    if args.seconds:
+        for line in args.seconds.read_text().splitlines():
+            stage, _, value = line.rpartition(" ")
+            seconds[stage] = seconds.get(stage, 0.0) + float(value)
+    page, figures = make_report(args.dvae, args.dalle, args.pairs, samples, seconds)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_bytes(args.out / "report.html", page.encode())
+    write_json(args.out / "report.json", figures)
+    accuracy = figures["caption_accuracy"]
+    if accuracy:
+        log.info("caption accuracy %s", {w: round(a, 3) for w, a in accuracy.items()})
+    log.info("wrote %s", args.out / "report.html")
+
+
+if __name__ == "__main__":
+    command(main)
