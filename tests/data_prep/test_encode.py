@@ -56,6 +56,15 @@ def write_dvae(folder, seed):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For pictures as small as these, waiting for a second thread takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
@@ -218,7 +227,7 @@ def start(out, inputs, launcher=(sys.executable, "-m"), **environment):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        env=os.environ | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
 
 
