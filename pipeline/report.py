@@ -11,6 +11,7 @@ import base64
 import html
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from pipeline.weights import write_bytes, write_json
 
 log = logger("report")
 
+RENDERS, RECONSTRUCTIONS = "true renders", "dVAE reconstructions"
 WORDS = ("colour", "shape", "place")  # what caption accuracy means in the demo
 CHECKED = 512  # pictures that the checker reads for the accuracy of renders and reconstructions
 SHOWN = 24  # samples on the page, of each set
@@ -46,6 +48,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path} cannot be read ({error.strerror}); was {run} trained?") from error
     except ValueError as error:
         raise InputError(f"{path} has a line that is no JSON: {error}") from error
+
+
+def last(events: list[dict[str, Any]], kind: str) -> dict[str, float]:
+    """The figures of the last event of a kind."""
+    found = [e for e in events if e["kind"] == kind]
+    return {k: v for k, v in found[-1].items() if k not in ("kind", "time_s")} if found else {}
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
@@ -177,69 +185,92 @@ def _accuracy_section(accuracy: dict[str, dict[str, float] | None]) -> str:
     )
 
 
-def last(events: list[dict[str, Any]], kind: str) -> dict[str, float]:
-    """The figures of the last event of a kind."""
-    found = [e for e in events if e["kind"] == kind]
-    return {k: v for k, v in found[-1].items() if k not in ("kind", "time_s")} if found else {}
+@dataclass
+class Story:
+    """All that the page tells."""
+
+    metrics: dict[str, list[dict[str, Any]]]
+    samples: dict[str, list[dict[str, Any]]]
+    accuracy: dict[str, dict[str, float] | None]
+    reconstructions: bytes  # PNG
+    n_vocab: int
+    seconds: dict[str, float]
+
+    @property
+    def vals(self) -> dict[str, dict[str, float]]:
+        """The last validation of each stage."""
+        return {name: last(events, "val") for name, events in self.metrics.items()}
+
+    @property
+    def peak_gib(self) -> float:
+        """The most memory that the ranks of a stage held together."""
+        return max(v.get("peak_gib", 0.0) for v in self.vals.values())
+
+    def figures(self) -> dict[str, Any]:
+        """report.json."""
+        first = self.accuracy[next(iter(self.samples))]
+        return {
+            "caption_accuracy": {word: first[word] for word in WORDS} if first else None,
+            "render_accuracy": self.accuracy[RENDERS],
+            "reconstruction_accuracy": self.accuracy[RECONSTRUCTIONS],
+            "accuracy_by_set": {name: self.accuracy[name] for name in self.samples},
+            "seconds": self.seconds,
+            "peak_gib": self.peak_gib,
+            "losses": {
+                name: {"train": last(events, "train"), "val": self.vals[name]}
+                for name, events in self.metrics.items()
+            },
+        }
+
+    def page(self) -> str:
+        """report.html."""
+        curve = {"dvae": ("loss", "hard_elbo", "relaxed_elbo"), "dalle": ("text", "image")}
+        use = {"codes_used": 0.0, "perplexity": 0.0, "psnr_db": 0.0, **self.vals["dvae"]}
+        parts = [
+            f"<!doctype html><meta charset='utf-8'><title>Daikon</title><style>{STYLE}</style>",
+            "<h1>From captioned pictures to new pictures</h1>",
+            f"<p>{sum(len(rows) for rows in self.samples.values())} pictures drawn, "
+            f"{sum(self.seconds.values()) / 60:.1f} minutes in all, at most "
+            f"{self.peak_gib:.2f} GiB in the training processes.</p>",
+            *(_samples_section(name, rows) for name, rows in self.samples.items()),
+            _accuracy_section(self.accuracy),
+            "<h2>Stage 1: pictures and their reconstructions</h2>",
+            "<p>Rows of held-out pictures, each above what the decoder makes of their codes. "
+            f"{use['codes_used']:.0f} of {self.n_vocab} codes used, perplexity "
+            f"{use['perplexity']:.1f}, {use['psnr_db']:.1f} dB.</p>",
+            _img(self.reconstructions, "originals above reconstructions", "sheet"),
+            "<h2>Curves</h2>",
+            _img(curves(self.metrics, curve), "losses of both stages", "wide"),
+            "<h2>Time by stage</h2>",
+            _table(["stage", "seconds"], [[n, f"{s:.0f}"] for n, s in self.seconds.items()]),
+        ]
+        return "\n".join(parts)
 
 
-def make_report(
+def read_story(
     dvae_folder: Path,
     dalle_folder: Path,
     pairs_folder: Path,
     samples: dict[str, Path],
     seconds: dict[str, float],
-) -> tuple[str, dict[str, Any]]:
-    """The page, and its figures as JSON."""
-    metrics = {"dvae": read_metrics(dvae_folder), "dalle": read_metrics(dalle_folder)}
+) -> Story:
+    """Read what the stages left behind, and let the checker look at it."""
     dvae, _ = load_dvae(dvae_folder)
     made = reconstruct(dvae, ShardReader(pairs_folder, "pairs"))
     sampled = {name: read_samples(folder) for name, folder in samples.items()}
-    accuracy = {name: caption_accuracy([(r["caption"], r["image"]) for r in rows])
-                for name, rows in sampled.items()}  # fmt: skip
-    renders = caption_accuracy([(caption, image) for caption, image, _ in made])
-    reconstructions = caption_accuracy([(caption, image) for caption, _, image in made])
-    vals = {name: last(events, "val") for name, events in metrics.items()}
-    peak = max(v.get("peak_gib", 0.0) for v in vals.values())
-    first = next(iter(accuracy.values()), None)
-    figures = {
-        "caption_accuracy": {w: first[w] for w in WORDS} if first else None,
-        "caption_accuracy_by_set": accuracy,
-        "render_accuracy": renders,
-        "reconstruction_accuracy": reconstructions,
-        "seconds": seconds,
-        "peak_gib": peak,
-        "losses": {name: {"train": last(events, "train"), "val": vals[name]}
-                   for name, events in metrics.items()},
-    }  # fmt: skip
-    table = {**accuracy, "true renders": renders, "dVAE reconstructions": reconstructions}
-    drawn = curves(
-        metrics, {"dvae": ("loss", "hard_elbo", "relaxed_elbo"), "dalle": ("text", "image")}
-    )
-    at_end = {"codes_used": 0.0, "perplexity": 0.0, "psnr_db": 0.0, **vals["dvae"]}
-    usage = (
-        f"{at_end['codes_used']:.0f} of {dvae.config.n_vocab} codes used, "
-        f"perplexity {at_end['perplexity']:.1f}, {at_end['psnr_db']:.1f} dB"
-    )
+    accuracy = {
+        name: caption_accuracy([(row["caption"], row["image"]) for row in rows])
+        for name, rows in sampled.items()
+    }
+    accuracy[RENDERS] = caption_accuracy([(caption, image) for caption, image, _ in made])
+    accuracy[RECONSTRUCTIONS] = caption_accuracy([(caption, image) for caption, _, image in made])
     sheet = dvae_folder / "reconstructions" / "final.png"
-    page = [
-        f"<!doctype html><meta charset='utf-8'><title>Daikon report</title><style>{STYLE}</style>",
-        "<h1>From captioned pictures to new pictures</h1>",
-        f"<p>{len(made)} pictures looked at, {sum(len(r) for r in sampled.values())} drawn, "
-        f"{sum(seconds.values()) / 60:.1f} minutes in all, {peak:.2f} GiB at most.</p>",
-        *(_samples_section(name, rows) for name, rows in sampled.items()),
-        _accuracy_section(table),
-        "<h2>Stage 1: pictures and their reconstructions</h2>",
-        f"<p>Rows of held-out pictures, each above what the decoder makes of its codes. {usage}.</p>",
-        _img(sheet.read_bytes(), "originals above reconstructions", "sheet")
-        if sheet.exists()
-        else "",
-        "<h2>Curves</h2>",
-        _img(drawn, "losses of both stages", "wide"),
-        "<h2>Time by stage</h2>",
-        _table(["stage", "seconds"], [[name, f"{s:.0f}"] for name, s in seconds.items()]),
-    ]
-    return "\n".join(page), figures
+    if not sheet.is_file():
+        raise InputError(f"{sheet} is missing: {dvae_folder} was not trained to its end")
+    return Story(
+        {"dvae": read_metrics(dvae_folder), "dalle": read_metrics(dalle_folder)},
+        sampled, accuracy, sheet.read_bytes(), dvae.config.n_vocab, seconds,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -264,9 +295,10 @@ def main() -> None:
         for line in args.seconds.read_text().splitlines():
             stage, _, value = line.rpartition(" ")
             seconds[stage] = seconds.get(stage, 0.0) + float(value)
-    page, figures = make_report(args.dvae, args.dalle, args.pairs, samples, seconds)
+    story = read_story(args.dvae, args.dalle, args.pairs, samples, seconds)
+    figures = story.figures()
     args.out.mkdir(parents=True, exist_ok=True)
-    write_bytes(args.out / "report.html", page.encode())
+    write_bytes(args.out / "report.html", story.page().encode())
     write_json(args.out / "report.json", figures)
     accuracy = figures["caption_accuracy"]
     if accuracy:
