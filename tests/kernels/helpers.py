@@ -5,7 +5,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import Pattern
 
-# every kind and both edges; sizes: one block or many, odd, W = 1, no text, window wider than grid
+# every kind and both edges; odd sizes, W = 1, no text, windows wider than the grid
 SMALL = [
     Pattern("row", 5, 3),
     Pattern("row", 0, 4),
@@ -16,7 +16,7 @@ SMALL = [
     Pattern("conv", 6, 5, kernel=3, edge="clamp"),
     Pattern("dense", 4, 3),
 ]
-BLOCKED = [
+LARGE = [
     Pattern("row", 31, 17),
     Pattern("row", 0, 17),
     Pattern("column", 31, 17),

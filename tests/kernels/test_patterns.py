@@ -6,13 +6,13 @@ import torch
 
 from kernels import Pattern
 from kernels.patterns import mask_on
-from tests.kernels.helpers import BLOCKED, SMALL, name_of
+from tests.kernels.helpers import LARGE, SMALL, name_of
 
 GOLDEN = Path(__file__).parent / "golden" / "attention_masks_figure11.txt"
 
 PATTERNS = [
     *SMALL,
-    *BLOCKED,
+    *LARGE,
     Pattern("row", 0, 1),
     Pattern("column", 0, 1),
     Pattern("conv", 0, 1),
@@ -147,6 +147,11 @@ def test_mask_on_is_built_once():
     pattern, cpu = Pattern("row", 3, 3), torch.device("cpu")
     assert mask_on(pattern, cpu) is mask_on(Pattern("row", 3, 3), cpu)
     assert torch.equal(mask_on(pattern, cpu), pattern.mask())
+
+
+def test_mask_first_asked_for_in_inference_mode_can_be_saved_for_backward():
+    with torch.inference_mode():
+        assert not mask_on(Pattern("row", 4, 2), torch.device("cpu")).is_inference()
 
 
 @pytest.mark.parametrize(
