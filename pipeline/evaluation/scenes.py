@@ -214,8 +214,9 @@ def read(image: np.ndarray) -> Reading:
     counts = np.bincount(nearest.ravel(), minlength=len(names))[:n_colours]
     colour = int(counts.argmax())
     side = image.shape[0]
+    smallest = min(_stencil(shape, size, side).sum() for shape in SHAPES for size in SIZES)
     # fewer pixels than a quarter of the smallest object are no object
-    if counts[colour] < 0.25 * (0.72 * SIZES["small"] * side) ** 2:
+    if counts[colour] < 0.25 * smallest:
         return Reading(None, None, None, None, names[background])
     mask = nearest == colour
     shape, size, centre = _best_fit(mask)
@@ -231,11 +232,12 @@ def _palette() -> tuple[tuple[str, ...], np.ndarray]:
 
 @functools.cache
 def _stencil(shape: str, size: str, side: int) -> np.ndarray:
-    """The mask bool [side, side] of an object in the middle of the picture."""
+    """How much of each pixel, [side, side] in [0, 1], an object in the middle covers."""
     n = side * SUPERSAMPLING
     image = Image.new("L", (n, n), 0)
     _draw_shape(ImageDraw.Draw(image), shape, n / 2, n / 2, SIZES[size] * n, 255)
-    return np.asarray(image.resize((side, side), Image.Resampling.BOX)) > 127
+    # not rounded to a mask: one pixel more or less makes a small square a circle
+    return np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32) / 255
 
 
 def _best_fit(mask: np.ndarray) -> tuple[str, str, tuple[float, float]]:
@@ -245,7 +247,7 @@ def _best_fit(mask: np.ndarray) -> tuple[str, str, tuple[float, float]]:
     best = (-1.0, "", "", (0.5, 0.5))
     for shape in SHAPES:
         for size in SIZES:
-            stencil = _stencil(shape, size, side).astype(np.float32)
+            stencil = _stencil(shape, size, side)
             # overlap at every shift at once: circular correlation
             overlap = np.fft.irfft2(spectrum * np.conj(np.fft.rfft2(stencil)), s=mask.shape)
             dy, dx = np.unravel_index(int(overlap.argmax()), mask.shape)
