@@ -1,0 +1,186 @@
+import math
+
+import pytest
+import torch
+
+from pipeline.console import InputError
+from pipeline.generation.sampling import (
+    WHOLE,
+    generate,
+    pick,
+    pictures,
+    set_sampling_dtype,
+    token_weights,
+    waves,
+)
+from tests.pipeline.generation.helpers import (
+    random_captions,
+    random_dalle,
+    random_dvae,
+    tiny_config,
+)
+
+CONFIG = tiny_config()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_dalle(CONFIG)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_image_does_not_depend_on_the_rest_of_the_request(dtype, threads):
+    torch.set_num_threads(threads)
+    # a width that fits no vector unit, a model wide enough to be computed in pieces
+    config = tiny_config(d_model=192, n_head=3, n_image_vocab=333)
+    model, dvae = random_dalle(config), random_dvae(config)
+    set_sampling_dtype(model, dtype)
+    text = random_captions(config, 7)
+
+    def ask(wanted):
+        seeds = [10 + i for i in wanted]
+        codes = generate(model, text[wanted], seeds, width=5)
+        return codes, pictures(dvae, codes, seeds, width=5)
+
+    codes, images = ask(list(range(7)))
+    assert len({tuple(row.tolist()) for row in codes}) == 7
+    for wanted in ([3], [6, 5, 4, 3, 2, 1, 0], [1, 6], [4, 4, 0]):
+        got_codes, got_images = ask(wanted)
+        assert torch.equal(got_codes, codes[wanted])
+        assert torch.equal(got_images, images[wanted])
+
+
+def test_rows_belong_to_seeds():
+    assert list(waves([7, 4, 5, 9], 4)) == [[1, 2, None, 0], [None, 3, None, None]]
+    seeds = list(range(100, 116))
+    assert [sorted(wave) for wave in waves(seeds, 16)] == [list(range(16))]
+    seeds = [3, 3, 8, 2**62]
+    found = [i for wave in waves(seeds, 3) for i in wave if i is not None]
+    assert sorted(found) == [0, 1, 2, 3]
+
+
+def test_greedy_codes_are_those_of_the_full_forward(model):
+    text = random_captions(CONFIG, 2)
+    codes = generate(model, text, [0, 1], temperature=0, width=2)
+    for i in range(CONFIG.n_image):
+        _, logits = model(text, codes)
+        assert torch.equal(logits[:, i].argmax(-1), codes[:, i])
+
+
+def test_caption_and_seed_matter(model):
+    text = random_captions(CONFIG, 2)
+    one, other = generate(model, text, [0, 0], width=1)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one, generate(model, text[:1], [1], width=1)[0])
+
+
+def test_tokens_come_as_often_as_the_model_says(model):
+    """The first token of many images against the softmax of the full forward."""
+    n = 3000
+    text = random_captions(CONFIG, 1).expand(n, -1)
+    config = tiny_config(grid=1)
+    small = random_dalle(config)
+    codes = generate(small, text, range(n), temperature=1.7, width=500)
+    _, logits = small(text[:1], codes[:1])
+    p = (logits[0, 0] / 1.7).softmax(-1)
+    seen = torch.bincount(codes[:, 0], minlength=config.n_image_vocab) / n
+    # four standard deviations
+    assert ((seen - p).abs() <= 4 * (p * (1 - p) / n).sqrt() + 1 / n).all()
+
+
+def brute_force(logits, temperature, top_k, top_p):
+    """Probabilities in plain Python."""
+    kept = set(range(len(logits)))
+    if top_k is not None:
+        least = sorted(logits, reverse=True)[top_k - 1]
+        kept = {i for i in kept if logits[i] >= least}
+    mass = {i: math.exp(logits[i] / temperature) for i in kept}
+    total = sum(mass.values())
+    if top_p is not None:
+        likeliest, running = sorted(mass, key=mass.get, reverse=True), 0.0
+        last = None
+        for i in likeliest:
+            running += mass[i] / total
+            last = mass[i]
+            if running >= top_p:
+                break
+        mass = {i: m for i, m in mass.items() if m >= last}
+        total = sum(mass.values())
+    return [mass.get(i, 0.0) / total for i in range(len(logits))]
+
+
+@pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("top_k", [None, 1, 5, 40])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_weights_are_the_filtered_probabilities(temperature, top_k, top_p):
+    logits = 3 * torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
+    # two as likely as each other, at the top
+    logits[::2, 3] = logits[::2, 8] = 9.0
+    weights = token_weights(logits, temperature, top_k, top_p)
+    for row, got in zip(logits.double().tolist(), weights, strict=True):
+        want = torch.tensor(brute_force(row, temperature, top_k, top_p), dtype=torch.float64)
+        share = got.double() / got.sum()
+        assert torch.equal(share > 1e-9, want > 1e-9)
+        assert (share - want).abs().max() <= 1e-5
+
+
+def test_temperature_zero_takes_the_likeliest():
+    logits = torch.randn(6, 30, generator=torch.Generator().manual_seed(0))
+    weights = token_weights(logits, 0, None, None)
+    noise = torch.rand(6, 1, dtype=torch.float64)
+    assert torch.equal(pick(weights, noise)[:, 0], logits.argmax(-1))
+    cold = token_weights(1e4 * logits, 0.01, 5, 0.9)
+    assert torch.equal(cold.argmax(-1), logits.argmax(-1))
+
+
+def test_pick_inverts_the_running_sum():
+    weights = torch.tensor([[0, 2, 0, 1, 1, 0]]) * (WHOLE // 4)
+    below_one = math.nextafter(1.0, 0.0)
+    for noise, token in ((0.0, 1), (0.4999, 1), (0.5, 3), (0.7499, 3), (0.75, 4), (below_one, 4)):
+        assert pick(weights, torch.tensor([[noise]], dtype=torch.float64)).item() == token
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0; take 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1e-30}, "0.01 to 100"),
+        ({"top_k": 0}, "top_k is 0; take 1 to 24"),
+        ({"top_k": 25}, "top_k is 25; take 1 to 24"),
+        ({"top_p": 0.0}, "top_p is 0.0; take more than 0"),
+        ({"top_p": 1.5}, "at most 1"),
+        ({"width": 0}, "width is 0"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_bounds_are_named(model, settings, words):
+    with pytest.raises(InputError, match=words):
+        generate(model, random_captions(CONFIG, 1), [0], **settings)
+
+
+def test_requests_out_of_bounds_are_named(model):
+    text = random_captions(CONFIG, 2)
+    for bad_text, seeds, words in (
+        (text, [0], r"shape \(2, 5\) for 1 seeds"),
+        (text[:0], [], "no image was asked for"),
+        (text, [0, -1], "seed -1 is outside"),
+        (text, [0, 2**63], "is outside 0 to"),
+        (text + 300, [0, 1], "this model knows 0 to 299"),
+    ):
+        with pytest.raises(InputError, match=words):
+            generate(model, bad_text, seeds)
+
+
+def test_a_diverged_model_is_named():
+    broken = random_dalle(CONFIG)
+    broken.norm.gain[3] = float("nan")
+    with pytest.raises(InputError, match="no numbers"):
+        generate(broken, random_captions(CONFIG, 1), [0], width=1)
+
+
+def test_progress_counts_the_tokens_of_real_images(model):
+    counted = []
+    generate(model, random_captions(CONFIG, 3), [0, 1, 4], width=4, advance=counted.append)
+    assert sum(counted) == 3 * CONFIG.n_image
