@@ -30,6 +30,10 @@ class InputError(ValueError):
     """A caller, a config or a file is wrong; the message names value, bound and way out."""
 
 
+class OwnError(InputError):
+    """An ``InputError`` in what one rank alone reads: that rank says it, whichever it is."""
+
+
 def is_first_rank() -> bool:
     """True in the one process of a launch that speaks for all of them."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -116,10 +120,18 @@ def command(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        if is_first_rank():
+        if is_first_rank() or isinstance(error, OwnError):
             sys.stderr.write(f"error: {error}\n")
-            sys.stderr.flush()
-        sys.exit(2)
+        _end(2)
     except KeyboardInterrupt:
         sys.stderr.write("stopped by the keyboard\n")
-        sys.exit(130)
+        _end(130)
+
+
+def _end(code: int) -> None:
+    """Exit; under a launcher at once, for gloo aborts in the teardown (``engine.leave``)."""
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline import presets
 from pipeline.config import DalleRun
-from pipeline.console import InputError, command, is_first_rank, logger
+from pipeline.console import InputError, command, logger
 from pipeline.data.loader import Batch, TokenLoader
 from pipeline.data.shards import ShardReader, split_indices
 from pipeline.data.tokenizer import Tokenizer
@@ -184,8 +184,6 @@ def main() -> None:
     if args.dvae:
         check_dvae(stage.reader, args.dvae)
     engine = engines.make(stage.build, run, args.deepspeed_config)
-    if is_first_rank():
-        args.out.mkdir(parents=True, exist_ok=True)
     loop.train(stage, engine, args.out)
     engines.leave(engine)
 

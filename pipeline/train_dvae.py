@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline import presets
 from pipeline.config import DvaeRun
-from pipeline.console import InputError, command, is_first_rank, logger
+from pipeline.console import InputError, command, logger
 from pipeline.data.loader import PairLoader, sample_seed
 from pipeline.data.pictures import save_png, tile, to_uint8
 from pipeline.data.shards import ShardReader, split_indices
@@ -186,8 +186,6 @@ def main() -> None:
         raise InputError(f"{args.preset} trains the transformer; stage 1 takes a dvae preset")
     stage = DvaeStage(run, args.data)
     engine = engines.make(stage.build, run, args.deepspeed_config)
-    if is_first_rank():
-        args.out.mkdir(parents=True, exist_ok=True)
     loop.train(stage, engine, args.out)
     engines.leave(engine)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.console import InputError
@@ -76,9 +76,12 @@ def save_weights(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-    digest = hashlib.sha256(data).hexdigest()
-    write_bytes(folder / "model.safetensors", data)
+    weights = folder / "model.safetensors"
+    temporary = weights.with_name(weights.name + ".tmp")
+    # to the file at once: bytes in between would hold a large model a second time
+    save_file({n: value.detach().cpu().contiguous() for n, value in tensors.items()}, temporary)
+    digest = _sha256(temporary, sync=True)
+    os.replace(temporary, weights)
     description = {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
@@ -88,6 +91,13 @@ def save_weights(
     }
     write_json(folder / "model.json", description)
     return digest[:16]
+
+
+def _sha256(path: Path, *, sync: bool = False) -> str:
+    with open(path, "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_weights(folder: str | Path, kind: str) -> Artifact:
@@ -108,6 +118,8 @@ def load_weights(folder: str | Path, kind: str) -> Artifact:
         version, found = description["schema_version"], description["kind"]
         digest, config = description["sha256"], description["config"]
         made_of = description["made_of"]
+        if not isinstance(version, int):
+            raise TypeError(f"schema_version is {version!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{described} does not describe a model: {error}; export it again"
@@ -119,7 +131,7 @@ def load_weights(folder: str | Path, kind: str) -> Artifact:
         )
     if found != kind:
         raise InputError(f"{folder} holds a {found}, a {kind} is needed")
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != digest:
+    if _sha256(weights) != digest:
         raise InputError(
             f"{weights} is not the file that {described.name} describes (sha256 differs): "
             "the copy is broken; copy or export it again"

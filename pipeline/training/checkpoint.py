@@ -62,6 +62,7 @@ def save(engine: Engine, out: Path, identity: dict[str, Any]) -> None:
         meta = {
             "schema_version": SCHEMA_VERSION,
             "updates": engine.updates,
+            "applied": engine.applied,
             "world": engine.world,
             "files": {p.name: p.stat().st_size for p in sorted(staged.iterdir())},
             "identity": identity,
@@ -159,7 +160,7 @@ def resume(engine: Engine, out: Path, identity: dict[str, Any]) -> bool:
             "start it as before, or give another --out"
         )
     source = _open(folder, meta["files"])
-    engine.restore(source.read, meta["updates"])
+    engine.restore(source.read, meta["updates"], meta["applied"])
     log.info("resumed from %s, written by %d ranks", folder, meta["world"])
     return True
 

@@ -69,6 +69,7 @@ def resolve(
             cannot share.
     """
     _refuse_unknown(ds)
+    _check_values(ds)
     for key in OWNED_BY_PRESET:
         if ds.get(key, "auto") != "auto":
             raise InputError(
@@ -91,8 +92,9 @@ def resolve(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": gradient_clipping,
     }
-    if left := [key for key, value in resolved.items() if value == "auto"]:
-        raise InputError(f'"auto" is not understood for {", ".join(left)}; write a number')
+    inside = {f"zero_optimization.{key}": value for key, value in zero.items()}
+    if left := [key for key, value in (resolved | inside).items() if value == "auto"]:
+        raise InputError(f'"auto" is not understood for {", ".join(left)}; write a value')
     return resolved
 
 
@@ -115,6 +117,27 @@ def _refuse_unknown(ds: dict[str, Any]) -> None:
             )
 
 
+def _check_values(ds: dict[str, Any]) -> None:
+    """Counts are counts, switches are switches, and DeepSpeed takes the values of ZeRO."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        value = ds.get(key, "auto")
+        if value != "auto" and not (type(value) is int and value >= 1):
+            raise InputError(f'{key} is {value!r}; write a whole number from 1 on, or "auto"')
+    for key in ("bf16", "activation_checkpointing"):
+        enabled = ds.get(key, {}).get("enabled", False)
+        if not isinstance(enabled, bool):
+            raise InputError(f"{key}.enabled is {enabled!r}; write true or false")
+    try:
+        DeepSpeedZeroConfig(**ds.get("zero_optimization", {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise InputError(f"{where} is {first['input']!r}: {first['msg']}") from error
+
+
 def _micro_batches(ds: dict[str, Any], batch: int, world: int) -> tuple[int, int]:
     """(samples a rank takes at once, how many times it does so an update)."""
     micro = ds.get("train_micro_batch_size_per_gpu", "auto")
@@ -124,14 +147,14 @@ def _micro_batches(ds: dict[str, Any], batch: int, world: int) -> tuple[int, int
             f"a batch of {batch} cannot be shared by {world} ranks; start a number that divides it"
         )
     if micro == "auto":
-        micro = batch // world // (1 if accumulation == "auto" else accumulation)
+        micro = max(1, batch // world // (1 if accumulation == "auto" else accumulation))
     if accumulation == "auto":
-        accumulation = batch // world // max(1, micro)
-    if micro < 1 or micro * accumulation * world != batch:
+        accumulation = max(1, batch // world // micro)
+    if micro * accumulation * world != batch:
         raise InputError(
             f"micro-batch {micro} x accumulation {accumulation} x {world} ranks is "
-            f"{micro * accumulation * world}, and the preset's batch is {batch}; "
-            'leave one of them "auto"'
+            f"{micro * accumulation * world}, and the preset's batch is {batch}: leave one of them "
+            f'"auto", or take two whose product is {batch // world}'
         )
     return micro, accumulation
 

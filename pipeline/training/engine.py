@@ -7,8 +7,11 @@ parallelism.
 """
 
 import datetime
+import logging
+import math
 import os
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,7 +37,7 @@ class Slice:
     """This rank's part of one parameter, flat: its elements from ``start`` on, float32."""
 
     start: int
-    values: dict[str, Tensor]  # "weight" and, after the first update, STATE_KEYS
+    values: dict[str, Tensor]  # "weight" and, after the first applied update, STATE_KEYS
 
 
 class Engine(ABC):
@@ -49,6 +52,7 @@ class Engine(ABC):
     model: nn.Module  # call it for the forward pass
     module: nn.Module  # the same without DeepSpeed around it
     updates = 0  # made so far
+    applied = 0  # of these: all whose gradient norm was finite; the count of AdamW's corrections
 
     @abstractmethod
     def backward(self, share: Tensor) -> None:
@@ -63,7 +67,9 @@ class Engine(ABC):
         """This rank's parts of all parameters, for a checkpoint."""
 
     @abstractmethod
-    def restore(self, read: Callable[[str, str, int, int], Tensor], updates: int) -> None:
+    def restore(
+        self, read: Callable[[str, str, int, int], Tensor], updates: int, applied: int
+    ) -> None:
         """Set weights and optimizer state from ``read(name, key, start, stop)`` -> flat float32."""
 
     @abstractmethod
@@ -112,7 +118,8 @@ class PlainEngine(Engine):
         bound = self._clip if self._clip > 0 else float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound))
         self.updates += 1
-        if norm == norm and norm != float("inf"):
+        if math.isfinite(norm):
+            self.applied += 1
             self._optimizer.set_lr(lr)
             self._optimizer.ema_is_due = self.updates % self._ema_every == 0
             self._optimizer.step()
@@ -128,13 +135,17 @@ class PlainEngine(Engine):
             yield name, Slice(0, values)
 
     @torch.no_grad()
-    def restore(self, read: Callable[[str, str, int, int], Tensor], updates: int) -> None:
+    def restore(
+        self, read: Callable[[str, str, int, int], Tensor], updates: int, applied: int
+    ) -> None:
         """Set weights, moments and average."""
-        self.updates = updates
+        self.updates, self.applied = updates, applied
         for name, p in self.model.named_parameters():
             p.copy_(read(name, "weight", 0, p.numel()).view_as(p))
+            if not applied:
+                continue
             state = self._optimizer.state[p]
-            state["step"] = torch.tensor(float(updates), device=p.device)
+            state["step"] = torch.tensor(float(applied), device=p.device)
             for key in STATE_KEYS:
                 state[key] = read(name, key, 0, p.numel()).view_as(p).to(p.device)
 
@@ -191,7 +202,10 @@ class ZeroEngine(Engine):
         self._optimizer.set_lr(lr)
         self._optimizer.ema_is_due = self.updates % self._ema_every == 0
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        # infinite where DeepSpeed skipped the update
+        norm = float(self._engine.get_global_grad_norm())
+        self.applied += math.isfinite(norm)
+        return norm
 
     def slices(self) -> Iterator[tuple[str, Slice]]:
         """This rank's chunk of each parameter, without DeepSpeed's padding."""
@@ -202,7 +216,7 @@ class ZeroEngine(Engine):
             if length == 0:
                 continue
             values = {"weight": safe_get_local_fp32_param(p).detach()[:length]}
-            if self.updates:
+            if self.applied:
                 for key in STATE_KEYS:
                     values[key] = safe_get_local_optimizer_state(p, key).detach()[:length]
             yield name, Slice(start, values)
@@ -217,14 +231,17 @@ class ZeroEngine(Engine):
         return self.rank * size, max(0, min(size, numel - self.rank * size))
 
     @torch.no_grad()
-    def restore(self, read: Callable[[str, str, int, int], Tensor], updates: int) -> None:
+    def restore(
+        self, read: Callable[[str, str, int, int], Tensor], updates: int, applied: int
+    ) -> None:
         """Set the shards of weights, moments and average; internals of DeepSpeed 0.19.8."""
-        self.updates = updates
+        self.updates, self.applied = updates, applied
+        keys = STATE_KEYS if applied else ()
         zero = self._engine.optimizer
-        for flat in zero.fp32_partitioned_groups_flat:
+        for flat in zero.fp32_partitioned_groups_flat if applied else ():
             state = self._optimizer.state[flat]
-            state["step"] = torch.tensor(float(updates), device=flat.device)
-            for key in STATE_KEYS:
+            state["step"] = torch.tensor(float(applied), device=flat.device)
+            for key in keys:
                 state[key] = torch.zeros_like(flat)
         for name, p in self._named_parameters():
             start, length = self._chunk(p.ds_numel)
@@ -234,7 +251,7 @@ class ZeroEngine(Engine):
             flat = zero.fp32_partitioned_groups_flat[group]
             here = slice(offset, offset + length)
             flat.data[here] = read(name, "weight", start, start + length)
-            for key in STATE_KEYS:
+            for key in keys:
                 self._optimizer.state[flat][key][here] = read(name, key, start, start + length)
         for group in range(len(zero.fp32_partitioned_groups_flat)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
@@ -273,9 +290,7 @@ def _start_deepspeed() -> Any:
             "--deepspeed_config is for the deepspeed launcher: start this as "
             "`deepspeed --module pipeline.train_...`, or leave the flag out for plain PyTorch"
         )
-    import logging
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _quieten()
     if get_accelerator().device_name() == "cpu":
         # a C++ extension that only inference uses; building it takes a minute and a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -283,6 +298,23 @@ def _start_deepspeed() -> Any:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT)
     return deepspeed
+
+
+def _quieten() -> None:
+    """Leave out what DeepSpeed says of itself, and two warnings that no user can do a thing about.
+
+    All other warnings are shown.
+    """
+    deepspeed_log = logging.getLogger("DeepSpeed")
+    deepspeed_log.setLevel(logging.WARNING)
+    # our AdamW, which zero_allow_untested_optimizer allows
+    deepspeed_log.addFilter(lambda record: "with an untested optimizer" not in record.getMessage())
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 is about to rename
+    warnings.filterwarnings(
+        "ignore",
+        message=r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",
+        category=FutureWarning,
+    )
 
 
 def make(

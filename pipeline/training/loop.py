@@ -3,7 +3,8 @@
 import itertools
 import math
 from abc import ABC, abstractmethod
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import DalleRun, DvaeRun, as_dict
-from pipeline.console import InputError
+from pipeline.console import InputError, OwnError, logger
 from pipeline.data.loader import prefetch
 from pipeline.training import checkpoint
 from pipeline.training.engine import Engine
 from pipeline.training.telemetry import Telemetry
 
 Batch = TypeVar("Batch")
+
+log = logger("train")
 
 
 class Stage(ABC, Generic[Batch]):
@@ -77,26 +80,54 @@ def train(stage: Stage[Any], engine: Engine, out: Path) -> None:
     """
     run = stage.run
     identity = {"preset": as_dict(run), **stage.identity()}
+    if engine.rank == 0:
+        _make(out)
     checkpoint.resume(engine, out, identity)
     stage.prepare(engine)
+    if engine.updates >= run.steps:
+        log.info("all %d updates are done: nothing to train, exporting the model", run.steps)
+        stage.finish(engine, out)
+        return
     telemetry = Telemetry(out, stage.name, run.steps, engine.updates, speaks=engine.rank == 0)
     positions = itertools.count(engine.updates * run.batch, run.batch)
     engine.model.train()
     try:
         with closing(prefetch(map(stage.micro_batches, positions))) as stream:
             while engine.updates < run.steps:
-                figures = _update(stage, engine, next(stream))
+                with _said_by_this_rank():
+                    batches = next(stream)
+                figures = _update(stage, engine, batches)
                 step = engine.updates
                 telemetry.update(step, figures)
                 if step % run.val_every == 0 or step == run.steps:
                     engine.model.eval()
-                    telemetry.figures("val", step, stage.validate(engine, out))
+                    with _said_by_this_rank():
+                        held_out = stage.validate(engine, out)
+                    telemetry.figures("val", step, held_out)
                     engine.model.train()
                 if step % run.save_every == 0 or step == run.steps:
                     checkpoint.save(engine, out, identity)
     finally:
         telemetry.close()
     stage.finish(engine, out)
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {out} cannot be made a folder ({error.strerror}): name another"
+        ) from error
+
+
+@contextmanager
+def _said_by_this_rank() -> Iterator[None]:
+    """What is wrong with the samples of one rank, the others do not know."""
+    try:
+        yield
+    except InputError as error:
+        raise OwnError(str(error)) from error
 
 
 def _update(stage: Stage[Any], engine: Engine, batches: list[Any]) -> dict[str, float] | None:
@@ -111,7 +142,9 @@ def _update(stage: Stage[Any], engine: Engine, batches: list[Any]) -> dict[str, 
             value = value.detach().float()
             sums[name] = sums[name] + value if name in sums else value
     norm = engine.update(stage.lr(step))
-    if not ((step + 1) % run.log_every == 0 or step == 0 or step + 1 == run.steps):
+    is_due = (step + 1) % run.log_every == 0 or step == 0 or step + 1 == run.steps
+    # a loss that is not finite shows in the norm, which is known anyway
+    if not is_due and math.isfinite(norm):
         return None
     summed = engine.sum(torch.stack(list(sums.values()))).tolist()
     result = dict(zip(sums, summed, strict=True))

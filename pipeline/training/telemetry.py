@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.console import Bar, logger
+from pipeline.weights import write_bytes
 
 
 class Telemetry:
@@ -72,6 +73,6 @@ def _cut(path: Path, done: int) -> None:
         try:
             if json.loads(line)["step"] <= done:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(kept))
+    write_bytes(path, "".join(kept).encode())

@@ -1,0 +1,86 @@
+import dataclasses
+import json
+
+import pytest
+
+from pipeline import config
+from pipeline.config import DalleConfig, DvaeConfig, Ramp, as_dict, fingerprint
+from pipeline.console import InputError
+from tests import tiny as runs
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"image_size": 60}, "image_size is 60; it must be a positive multiple of 8"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"image_size": -8}, "image_size is -8"),
+        ({"n_vocab": 1}, "n_vocab is 1; codes are stored as uint16, so take 2 to 65,536"),
+        ({"n_vocab": 65537}, "n_vocab is 65537"),
+        ({"n_hid": 6}, "n_hid is 6; .* take a multiple of 4"),
+        ({"n_hid": 0}, "n_hid is 0"),
+        ({"n_init": 0}, "n_init is 0; take at least 1"),
+        ({"n_blk_per_group": 0}, "n_blk_per_group is 0; take 1 or more"),
+    ],
+)
+def test_a_wrong_dvae_is_refused(changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        DvaeConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"n_layer": 0}, "n_layer is 0; take at least 1"),
+        ({"n_text": 0}, "n_text is 0"),
+        ({"grid": 0}, "grid is 0"),
+        ({"n_head": 0}, "n_head is 0"),
+        ({"n_text_vocab": 1}, "n_text_vocab is 1; take 2 to 65,536"),
+        ({"n_image_vocab": 65537}, "n_image_vocab is 65537"),
+        ({"n_head": 61}, "d_model 3968 does not divide into 61 heads; take d_model = 64"),
+        ({"conv_kernel": 4}, "conv_kernel is 4; it must be odd"),
+    ],
+)
+def test_a_wrong_transformer_is_refused(changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        DalleConfig(**changes)
+
+
+def test_the_largest_vocabularies_fit_uint16():
+    DvaeConfig(n_vocab=65536)
+    DalleConfig(n_text_vocab=65536, n_image_vocab=65536)
+
+
+def test_a_ramp_over_no_steps_is_refused():
+    with pytest.raises(InputError, match="a ramp over 0 steps; take at least 1"):
+        Ramp(1.0, 0.0, 0)
+
+
+def test_positions_of_the_paper_are_256_and_1024():
+    model = DalleConfig()
+    assert (model.n_text, model.n_image, model.n_ctx) == (256, 1024, 1280)
+    assert model.image_size == 256
+    assert DvaeConfig().grid == model.grid == 32
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DvaeConfig().n_vocab = 3
+
+
+@pytest.mark.parametrize("run", [runs.dalle(), runs.dvae()], ids=["dalle", "dvae"])
+def test_a_config_survives_json(run):
+    assert json.loads(json.dumps(as_dict(run))) == as_dict(run)
+    assert type(run.model)(**as_dict(run)["model"]) == run.model
+
+
+def test_a_fingerprint_stands_for_the_value_and_not_for_the_order_of_its_keys():
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    assert len(fingerprint(None)) == 16
+
+
+def test_a_requirement_that_holds_is_silent():
+    config.require(True, "never")
+    with pytest.raises(InputError, match="never"):
+        config.require(False, "never")

@@ -1,0 +1,106 @@
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pipeline import console
+from pipeline.console import Bar, InputError, OwnError, command, logger, track
+from tests.tiny import ROOT
+
+
+def raises(error):
+    def main():
+        raise error
+
+    return main
+
+
+def test_a_command_that_ends_well_says_nothing(capsys):
+    command(lambda: None)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_input_error_is_one_sentence_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(raises(InputError("batch is 3; take 4")))
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", "error: batch is 3; take 4\n")
+
+
+def test_the_keyboard_ends_a_command_with_130(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(raises(KeyboardInterrupt()))
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "stopped by the keyboard\n"
+
+
+def test_a_bug_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        command(lambda: 1 / 0)
+
+
+def as_rank(rank, error):
+    """(exit code, stderr) of a rank of a launcher whose command raises ``error``."""
+    lines = [
+        "from pipeline.console import InputError, OwnError, command, logger",
+        "def main():",
+        "    logger('test').info('hello')",
+        f"    raise {error}",
+        "command(main)",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], check=False, cwd=ROOT, text=True,
+        capture_output=True, env=os.environ | {"RANK": str(rank)},
+    )  # fmt: skip
+    return done.returncode, done.stderr.splitlines()
+
+
+def test_what_all_ranks_know_the_first_one_says():
+    code, lines = as_rank(0, "InputError('batch is 3')")
+    assert code == 2
+    assert lines[0].endswith("hello")
+    assert lines[1:] == ["error: batch is 3"]
+    assert as_rank(1, "InputError('batch is 3')") == (2, [])
+
+
+def test_what_one_rank_alone_knows_it_says_itself():
+    assert as_rank(1, "OwnError('row 7 is damaged')") == (2, ["error: row 7 is damaged"])
+
+
+def test_an_error_of_one_rank_is_an_input_error():
+    assert issubclass(OwnError, InputError)
+    assert issubclass(InputError, ValueError)
+
+
+@pytest.mark.parametrize(("rank", "level"), [("0", logging.INFO), ("3", logging.ERROR)])
+def test_only_the_first_rank_logs_what_goes_well(monkeypatch, rank, level):
+    monkeypatch.setenv("RANK", rank)
+    log = logger(f"test-{rank}")
+    assert log.level == level
+    assert logger(f"test-{rank}") is log
+    assert len(log.handlers) == 1
+
+
+def test_a_bar_without_a_terminal_leaves_a_line_at_its_end(capsys, monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging.getLogger("daikon.progress"), "info", lambda *a: lines.append(a))
+    assert list(track("abc", "letters", 3)) == ["a", "b", "c"]
+    ((form, *values),) = lines
+    assert (form % tuple(values)).startswith("letters 3/3")
+
+
+def test_a_bar_says_where_it_is_now_and_then(monkeypatch):
+    clock, lines = [100.0], []
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(logging.getLogger("daikon.progress"), "info", lambda *a: lines.append(a))
+    with Bar("train", total=100, done=40) as bar:
+        bar.advance(10, "loss=2")
+        assert lines == []
+        clock[0] += 20
+        bar.advance(10, "loss=1")
+    said = [form % tuple(values) for form, *values in lines]
+    # what was done before does not count as speed: 20 in 20 s, 40 left
+    assert said[0] == "train 60/100, 20 s, 40 s left  loss=1"
+    assert len(said) == 2

@@ -1,0 +1,114 @@
+import dataclasses
+
+import pytest
+import torch
+
+from pipeline import presets
+from pipeline.config import DalleRun, DvaeRun
+from pipeline.console import InputError
+from pipeline.models.dalle import Dalle, Dense
+from tests import tiny as runs
+
+
+@pytest.fixture(scope="module")
+def model_12b():
+    """The paper's model without its memory."""
+    with torch.device("meta"):
+        return Dalle(presets.dalle_12b().model)
+
+
+def test_the_12b_model_has_the_papers_matrices(model_12b):
+    dense = [m for m in model_12b.blocks.modules() if isinstance(m, Dense)]
+    matrices = sum(m.weight.numel() for m in dense)
+    assert matrices == model_12b.config.matrix_parameters == 12_092_178_432
+
+
+def test_the_12b_model_has_12_29e9_parameters_in_total(model_12b):
+    total = sum(p.numel() for p in model_12b.parameters())
+    # 12.095e9 in blocks; embeddings and heads of two vocabularies; places and pads
+    assert round(total / 1e9, 2) == 12.29
+    assert total == EXACT_12B
+
+
+# blocks: 12 d^2 + 13 d of 64 layers; two vocabularies twice; pads, places, rows, columns, starts,
+# the last norm: 4 d of them, with d = 3968
+_D = 3968
+EXACT_12B = 64 * (12 * _D**2 + 13 * _D) + 2 * (16384 + 8192) * _D + (2 * 256 + 2 * 32 + 4) * _D
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("dalle_12b", 12), ("dalle_6b", 5.6), ("dalle_3b", 2.8), ("dalle_1b", 1.25)],
+)
+def test_the_family_is_that_of_table_1(name, billions):
+    model = presets.load(name).model
+    assert model.matrix_parameters / 1e9 == pytest.approx(billions, rel=0.03)
+    assert model.d_model == 64 * model.n_head
+    assert model.n_layer == 64
+
+
+def test_the_recipe_of_the_transformer_is_appendix_b_2():
+    run = presets.dalle_12b()
+    assert (run.batch, run.steps, run.warmup) == (1024, 430_000, 5_000)
+    o = run.optimizer
+    assert (o.betas, o.eps, o.weight_decay) == ((0.9, 0.96), 1e-8, 4.5e-2)
+    assert (o.gradient_clipping, o.ema_decay, o.ema_every) == (4.0, 0.99, 25)
+    assert run.lr.start == 4.5e-4
+    assert run.lr.end == pytest.approx(4.5e-4 / 2**5)
+    assert run.text_weight == 1 / 8
+    assert run.bpe_dropout == 0.1
+
+
+def test_the_recipe_of_the_image_tokenizer_is_appendix_a_2():
+    run = presets.dvae_paper()
+    assert (run.batch, run.steps) == (512, 3_000_000)
+    o = run.optimizer
+    assert (o.betas, o.eps, o.weight_decay) == ((0.9, 0.999), 1e-8, 1e-4)
+    assert (o.ema_decay, o.ema_every) == (0.999, 1)
+    assert dataclasses.astuple(run.lr) == (1e-4, 1.25e-6, 1_200_000)
+    assert dataclasses.astuple(run.beta) == (0.0, 6.6, 5_000)
+    assert dataclasses.astuple(run.tau) == (1.0, 1 / 16, 150_000)
+
+
+def test_every_name_loads_a_run():
+    assert len(presets.names()) >= 7
+    for name in presets.names():
+        assert isinstance(presets.load(name), DalleRun if name.startswith("dalle") else DvaeRun)
+
+
+def test_fields_can_be_changed_while_loading():
+    run = presets.load("dalle_demo", steps=7)
+    assert run == dataclasses.replace(presets.dalle_demo(), steps=7)
+
+
+def test_a_file_of_the_users_own_is_a_preset():
+    assert presets.load(f"{runs.__file__}:dalle") == runs.dalle()
+    assert presets.load(f"{runs.__file__}:dvae") == runs.dvae()
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(InputError, match=r"no preset is called 'dalle_13b'; there are .*dalle_12b"):
+        presets.load("dalle_13b")
+
+
+@pytest.mark.parametrize("name", ["load", "_dalle", "names", "DalleRun"])
+def test_other_names_of_the_module_are_no_presets(name):
+    with pytest.raises(InputError, match="no preset is called"):
+        presets.load(name)
+
+
+@pytest.mark.parametrize(
+    ("content", "function", "sentence"),
+    [
+        (None, "run", "there is no file"),
+        ("", "run", "has no function run"),
+        ("run = 3", "run", "has no function run"),
+        ("def run(): return 3", "run", "gives a int; a preset gives a DvaeRun or DalleRun"),
+    ],
+)
+def test_a_file_without_a_preset_is_refused(tmp_path, content, function, sentence):
+    path = tmp_path / "mine.py"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=sentence):
+        presets.load(f"{path}:{function}")

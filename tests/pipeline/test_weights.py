@@ -1,0 +1,138 @@
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import weights
+from pipeline.console import InputError
+from pipeline.weights import load_weights, save_weights, write_bytes, write_json
+
+TENSORS = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor([0.5, -0.5])}
+MADE_OF = {"pairs": "abc"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_weights(tmp_path / "model", "dvae", {"n_in": 3}, TENSORS, MADE_OF)
+    return tmp_path / "model"
+
+
+def describe(folder, **changes):
+    """Change the description of a model."""
+    path = folder / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_was_saved_is_loaded(folder):
+    artifact = load_weights(folder, "dvae")
+    assert artifact.config == {"n_in": 3}
+    assert artifact.made_of == MADE_OF
+    assert artifact.tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(artifact.tensors[name], TENSORS[name]) for name in TENSORS)
+    assert sorted(p.name for p in folder.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_the_fingerprint_is_that_of_the_weights_alone(tmp_path, folder):
+    one = load_weights(folder, "dvae").fingerprint
+    assert save_weights(tmp_path / "same", "dvae", {"n_in": 4}, TENSORS, {}) == one
+    other = TENSORS | {"bias": torch.tensor([0.5, 0.5])}
+    assert save_weights(tmp_path / "other", "dvae", {"n_in": 3}, other, MADE_OF) != one
+    assert len(one) == 16
+
+
+def test_weights_fill_a_model(folder):
+    model = nn.Linear(3, 2)
+    load_weights(folder, "dvae").fill(model)
+    assert torch.equal(model.weight, TENSORS["weight"])
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (nn.Linear(4, 2), r"weight is \(2, 3\) in the file and \(2, 4\) in the model; export"),
+        (nn.Linear(3, 2, bias=False), r"bias is \(2,\) in the file and None in the model"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(folder, model, sentence):
+    with pytest.raises(InputError, match=sentence):
+        load_weights(folder, "dvae").fill(model)
+
+
+@pytest.mark.parametrize("missing", ["model.json", "model.safetensors"])
+def test_a_folder_without_a_model_is_refused(folder, missing):
+    (folder / missing).unlink()
+    sentence = "holds no trained dvae: it needs .*; name the --out of pipeline.train_dvae"
+    with pytest.raises(InputError, match=sentence):
+        load_weights(folder, "dvae")
+
+
+def test_another_kind_is_refused(folder):
+    with pytest.raises(InputError, match="holds a dvae, a dalle is needed"):
+        load_weights(folder, "dalle")
+
+
+def test_a_newer_schema_is_refused(folder):
+    describe(folder, schema_version=2)
+    with pytest.raises(InputError, match="schema version 2, this code reads up to 1; update"):
+        load_weights(folder, "dvae")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", "{}", '{"schema_version": 1}'])
+def test_a_description_that_is_none_is_refused(folder, content):
+    (folder / "model.json").write_text(content)
+    with pytest.raises(InputError, match=r"does not describe a model: .*; export it again"):
+        load_weights(folder, "dvae")
+
+
+def test_a_schema_version_that_is_no_number_is_refused(folder):
+    describe(folder, schema_version="new")
+    with pytest.raises(InputError, match="does not describe a model: schema_version is 'new'"):
+        load_weights(folder, "dvae")
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "cut":
+        data = data[:-4]
+    else:
+        data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["cut", "one bit"])
+def test_damaged_weights_are_refused(folder, how):
+    damage(folder / "model.safetensors", how)
+    with pytest.raises(InputError, match=r"sha256 differs\): the copy is broken; copy or export"):
+        load_weights(folder, "dvae")
+
+
+def test_a_file_that_is_no_safetensors_is_refused(folder):
+    (folder / "model.safetensors").write_bytes(b"\xff" * 20)
+    describe(folder, sha256=weights._sha256(folder / "model.safetensors"))
+    with pytest.raises(InputError, match="cannot be read"):
+        load_weights(folder, "dvae")
+
+
+def test_saving_again_replaces_the_model(folder):
+    save_weights(folder, "dvae", {"n_in": 3}, {"weight": torch.ones(1)}, {})
+    assert load_weights(folder, "dvae").tensors.keys() == {"weight"}
+
+
+def test_tensors_need_not_be_contiguous(tmp_path):
+    save_weights(tmp_path, "dvae", {}, {"weight": TENSORS["weight"].t()}, {})
+    assert torch.equal(load_weights(tmp_path, "dvae").tensors["weight"], TENSORS["weight"].t())
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "value.json"
+    write_json(path, {"old": 1})
+
+    def full(handle):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_bytes(path, b"new")
+    assert json.loads(path.read_text()) == {"old": 1}

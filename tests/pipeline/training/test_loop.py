@@ -1,0 +1,247 @@
+import dataclasses
+import logging
+import math
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.console import InputError, OwnError
+from pipeline.data.loader import TokenLoader
+from pipeline.train_dalle import DalleStage
+from pipeline.training import checkpoint, loop
+from pipeline.training.telemetry import Telemetry
+from tests import tiny as runs
+from tests.tiny import arguments, curve, losses, plain, train
+
+pytestmark = pytest.mark.usefixtures("one_cpu_thread")
+
+
+def stage_of(tiny, **changes):
+    run = dataclasses.replace(runs.dalle(), **changes)
+    return DalleStage(run, str(tiny.tokens), str(tiny.tokenizer))
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tiny, tmp_path_factory):
+    """A run from the first update to the last in one go."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole") / "dalle"
+    train(stage_of(tiny), out)
+    torch.set_num_threads(threads)
+    return out
+
+
+def assert_same_run(out, other):
+    """Curves, validation, weights and description agree to the last bit."""
+    assert curve(out) == curve(other)
+    assert curve(out, "val") == curve(other, "val")
+    for name in ("model.safetensors", "model.json", "tokenizer/spm.model"):
+        assert (out / name).read_bytes() == (other / name).read_bytes()
+    # tensor by tensor: safetensors puts the metadata of a file into any order
+    last = f"checkpoints/step-{runs.STEPS:07d}/rank-00000.safetensors"
+    moments, wanted = load_file(out / last), load_file(other / last)
+    assert moments.keys() == wanted.keys()
+    assert all(torch.equal(moments[name], wanted[name]) for name in wanted)
+
+
+def test_every_update_and_every_validation_has_its_line(never_stopped):
+    assert [line["step"] for line in curve(never_stopped)] == list(range(1, 21))
+    assert [line["step"] for line in curve(never_stopped, "val")] == [5, 10, 15, 20]
+    assert losses(never_stopped)[-1] < losses(never_stopped)[0] - 0.5
+    assert set(curve(never_stopped)[0]) == {
+        "kind", "step", "loss", "text", "image", "lr", "gradient_norm",
+    }  # fmt: skip
+
+
+class Stopped(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("at", [[3], [5], [6, 7, 14], [19]], ids=str)
+def test_stopped_and_resumed_is_never_stopped_bit_for_bit(
+    tiny, tmp_path, never_stopped, monkeypatch, at
+):
+    write, left = Telemetry.update, list(at)
+
+    def update(self, step, values):
+        write(self, step, values)
+        if step in left:
+            left.remove(step)
+            raise Stopped
+
+    monkeypatch.setattr(Telemetry, "update", update)
+    for _ in at:
+        with pytest.raises(Stopped):
+            train(stage_of(tiny), tmp_path)
+    train(stage_of(tiny), tmp_path)
+    assert_same_run(tmp_path, never_stopped)
+
+
+@pytest.mark.parametrize("preset", ["dalle_between_saves_killed", "dalle_inside_save_killed"])
+def test_killed_for_real_and_resumed_is_never_stopped_bit_for_bit(
+    tiny, tmp_path, never_stopped, preset
+):
+    killed = plain("dalle", *arguments("dalle", tiny, tmp_path, preset))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert 7 <= len(curve(tmp_path)) < runs.STEPS
+    assert not (tmp_path / "model.json").exists()
+    partial = tmp_path / "checkpoints/step-0000010.partial"
+    assert partial.exists() == (preset == "dalle_inside_save_killed")
+    train(stage_of(tiny), tmp_path)
+    assert_same_run(tmp_path, never_stopped)
+    assert not partial.exists()
+
+
+def test_micro_batches_give_the_losses_of_the_whole_batch(tiny, tmp_path, never_stopped):
+    train(stage_of(tiny), tmp_path, micro_batch=2)
+    assert losses(tmp_path) == pytest.approx(losses(never_stopped), rel=1e-5)
+
+
+def copy_of(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def spoken(monkeypatch):
+    """The lines of the training log, as they come."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    monkeypatch.setattr(loop.log, "handlers", [handler])
+    return lines
+
+
+def test_a_finished_run_says_so_and_does_not_train(tiny, tmp_path, never_stopped, monkeypatch):
+    out, lines = copy_of(never_stopped, tmp_path), spoken(monkeypatch)
+    for name in ("micro_batches", "validate"):
+        monkeypatch.setattr(DalleStage, name, None)
+    train(stage_of(tiny), out)
+    assert any("all 20 updates are done: nothing to train" in line for line in lines)
+    assert (out / "metrics.jsonl").read_bytes() == (never_stopped / "metrics.jsonl").read_bytes()
+    assert_same_run(out, never_stopped)
+
+
+def test_a_run_killed_before_its_export_exports(tiny, tmp_path, never_stopped):
+    out = copy_of(never_stopped, tmp_path)
+    for name in ("model.json", "model.safetensors"):
+        (out / name).unlink()
+    train(stage_of(tiny), out)
+    assert_same_run(out, never_stopped)
+
+
+def poison(monkeypatch, step, change):
+    """Change the share of the loss of one update."""
+    loss = DalleStage.loss
+
+    def poisoned(self, engine, batch, totals, at):
+        share, figures = loss(self, engine, batch, totals, at)
+        return (change(share) if at == step else share), figures
+
+    monkeypatch.setattr(DalleStage, "loss", poisoned)
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_loss_that_is_no_number_ends_the_run_at_once_and_keeps_the_last_checkpoint(
+    tiny, tmp_path, monkeypatch, log_every
+):
+    poison(monkeypatch, 13, lambda share: share * math.nan)
+    with pytest.raises(InputError, match="loss of update 14 is nan; the last checkpoint is kept"):
+        train(stage_of(tiny, log_every=log_every), tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-0000005",
+        "step-0000010",
+    ]
+    assert not (tmp_path / "model.json").exists()
+    # and it is a good one
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    train(stage_of(tiny, log_every=log_every), tmp_path)
+    assert all(map(math.isfinite, losses(tmp_path)))
+
+
+class Overflow(torch.autograd.Function):
+    """The identity whose gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * math.inf
+
+
+@pytest.mark.parametrize("overflows_at", [0, 2, 12])
+def test_a_skipped_update_resumes_bit_for_bit(tiny, tmp_path, monkeypatch, overflows_at):
+    poison(monkeypatch, overflows_at, Overflow.apply)
+    changes = {"log_every": 1000, "save_every": 1, "steps": 15, "val_every": 1000}
+    train(stage_of(tiny, **changes), tmp_path / "whole")
+    write = Telemetry.update
+
+    def update(self, step, values):
+        write(self, step, values)
+        if step == overflows_at + 2:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Telemetry, "update", update)
+        with pytest.raises(Stopped):
+            train(stage_of(tiny, **changes), tmp_path / "again")
+    engine = train(stage_of(tiny, **changes), tmp_path / "again")
+    assert (engine.updates, engine.applied) == (15, 14)
+    assert curve(tmp_path / "again") == curve(tmp_path / "whole")
+    # the skipped update is in the log although it was not due
+    assert [line["step"] for line in curve(tmp_path / "whole")] == sorted({1, overflows_at + 1, 15})
+    name = "model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+def test_what_is_wrong_with_one_ranks_samples_is_said_by_that_rank(
+    tiny, tmp_path, monkeypatch, side
+):
+    batch_at = TokenLoader.batch_at
+
+    def damaged(self, position):
+        if (self.dropout == 0) == (side == "val"):
+            raise InputError("row 'x' is damaged")
+        return batch_at(self, position)
+
+    monkeypatch.setattr(TokenLoader, "batch_at", damaged)
+    with pytest.raises(OwnError, match="row 'x' is damaged"):
+        train(stage_of(tiny), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"seed": 1}, "trained with preset.seed 0, this run has 1; start it as before, or give"),
+        ({"batch": 4}, "trained with preset.batch 8, this run has 4"),
+    ],
+)
+def test_another_preset_does_not_continue_a_run(tiny, tmp_path, never_stopped, changes, sentence):
+    out = copy_of(never_stopped, tmp_path)
+    with pytest.raises(InputError, match=sentence):
+        train(stage_of(tiny, **changes), out)
+
+
+def test_another_tokenizer_does_not_continue_a_run(tiny, tmp_path, never_stopped, monkeypatch):
+    out, stage = copy_of(never_stopped, tmp_path), stage_of(tiny)
+    stage.tokenizer.fingerprint = "another"
+    with pytest.raises(InputError, match=r"trained with tokenizer .*, this run has another"):
+        train(stage, out)
+
+
+def test_other_tokens_do_not_continue_a_run(tiny, tmp_path, never_stopped):
+    out, stage = copy_of(never_stopped, tmp_path), stage_of(tiny)
+    stage.reader.fingerprint = "another"
+    with pytest.raises(InputError, match=r"trained with tokens .*, this run has another"):
+        train(stage, out)
+
+
+def test_checkpoints_of_a_run_are_its_newest_two(never_stopped):
+    folders = checkpoint._complete(never_stopped)
+    assert [folder.name for folder in folders] == ["step-0000015", "step-0000020"]

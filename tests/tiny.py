@@ -1,0 +1,233 @@
+"""Runs of seconds: presets for ``--preset tests/tiny.py:NAME``, their data, and ways to start them.
+
+Presets that end in ``_killed`` are the same runs, and end themselves and their whole process group
+by SIGKILL at a place that the test chose.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.config import DalleConfig, DalleRun, DvaeConfig, DvaeRun, Optimizer, Ramp
+from pipeline.console import InputError
+
+ROOT = Path(__file__).parent.parent
+STEPS, SAVE_EVERY = 20, 5
+IMAGE_SIZE, GRID, N_CODES = 32, 4, 24
+N_TEXT, TEXT_VOCAB = 24, 320
+DVAE = DvaeConfig(image_size=IMAGE_SIZE, n_vocab=N_CODES, n_hid=8, n_init=8, n_blk_per_group=1)
+
+
+def dalle() -> DalleRun:
+    """Three layers, one of each pattern; the batch is small against the 50 captions."""
+    return DalleRun(
+        model=DalleConfig(
+            n_layer=3, d_model=32, n_head=2, n_text=N_TEXT, n_text_vocab=TEXT_VOCAB, grid=GRID,
+            n_image_vocab=N_CODES, conv_kernel=3,
+        ),
+        optimizer=Optimizer(
+            betas=(0.9, 0.96), weight_decay=4.5e-2, gradient_clipping=4.0, ema_decay=0.9,
+            ema_every=3,
+        ),
+        batch=8, steps=STEPS, warmup=3, lr=Ramp(5e-3, 5e-4, STEPS),
+        val_fraction=0.2, val_images=8, val_every=SAVE_EVERY, save_every=SAVE_EVERY, log_every=1,
+    )  # fmt: skip
+
+
+def dvae() -> DvaeRun:
+    """The temperature and the weight of the KL term move in all twenty updates."""
+    return DvaeRun(
+        model=DVAE,
+        optimizer=Optimizer(
+            betas=(0.9, 0.999), weight_decay=1e-4, gradient_clipping=0.0, ema_decay=0.9
+        ),
+        batch=8, steps=STEPS,
+        lr=Ramp(3e-3, 3e-4, STEPS), beta=Ramp(0.0, 1.0, STEPS), tau=Ramp(1.0, 0.25, STEPS),
+        val_fraction=0.2, val_images=8, val_every=SAVE_EVERY, save_every=SAVE_EVERY, log_every=1,
+    )  # fmt: skip
+
+
+def dalle_other_seed() -> DalleRun:
+    """Another run."""
+    return dataclasses.replace(dalle(), seed=1)
+
+
+def dalle_damaged_on_rank_1() -> DalleRun:
+    """``dalle``, whose second rank finds a damaged sample in the fourth batch."""
+    from pipeline.data.loader import TokenLoader
+
+    batch_at = TokenLoader.batch_at
+
+    def damaged(self, position):
+        if position == 24 and os.environ["RANK"] == "1":
+            raise InputError("row 'x' of rank 1 is damaged")
+        return batch_at(self, position)
+
+    TokenLoader.batch_at = damaged
+    return dalle()
+
+
+def dalle_between_saves_killed() -> DalleRun:
+    """``dalle``, killed after the line of update 7 was written."""
+    from pipeline.training.telemetry import Telemetry
+
+    write = Telemetry.update
+
+    def update(self, step, values):
+        write(self, step, values)
+        if self._speaks and step == 7:
+            _kill_the_group()
+
+    Telemetry.update = update
+    return dalle()
+
+
+def dalle_inside_save_killed() -> DalleRun:
+    """``dalle``, killed in the save of update 10, when the file of rank 0 is there."""
+    from pipeline.training import checkpoint
+
+    sync = checkpoint._sync
+
+    def die(path):
+        sync(path)
+        if path.parent.name == "step-0000010.partial" and path.name.startswith("rank-00000"):
+            _kill_the_group()
+
+    checkpoint._sync = die
+    return dalle()
+
+
+def _kill_the_group() -> None:
+    os.killpg(0, signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Folders of what the commands of data_prep made."""
+
+    pairs: Path
+    tokenizer: Path
+    dvae: Path
+    other_dvae: Path
+    tokens: Path
+
+
+def make_inputs(folder: Path) -> Inputs:
+    """Scenes to tokens through the real modules."""
+    from data_prep.encode import Job, describe, encode
+    from data_prep.ingest import ingest
+    from data_prep.scenes import write_scenes
+    from data_prep.train_tokenizer import train_tokenizer
+    from pipeline.data.shards import ShardReader
+    from pipeline.models.dvae import load_dvae
+
+    made = Inputs(*(folder / name for name in ("pairs", "tokenizer", "dvae", "other", "tokens")))
+    # a third shows two objects: captions of uneven length
+    write_scenes(folder / "scenes", 64, 48, seed=0, hold_out=False, two_objects=0.4)
+    ingest([folder / "scenes"], made.pairs, IMAGE_SIZE, False)
+    pairs = ShardReader(made.pairs, "pairs")
+    train_tokenizer(pairs, made.tokenizer, TEXT_VOCAB)
+    random_dvae(made.dvae, pairs, seed=0)
+    random_dvae(made.other_dvae, pairs, seed=1)
+    model, fingerprint = load_dvae(made.dvae)
+    job = Job(pairs, model, made.tokens, describe(pairs, model, fingerprint, 0), batch=32)
+    encode(job, 0, 1, torch.device("cpu"))
+    return made
+
+
+def random_dvae(folder: Path, pairs, seed: int) -> None:
+    """An untrained dVAE that tells pictures apart all the same: each code's logit is centred."""
+    from pipeline.data.images import centre_crop, decode_image
+    from pipeline.models.dvae import DiscreteVAE, save_dvae
+
+    torch.manual_seed(seed)
+    model = DiscreteVAE(DVAE)
+    pictures = [centre_crop(decode_image(pairs[i]["image"]), IMAGE_SIZE) for i in range(16)]
+    image_BCYX = torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in pictures]) / 255
+    with torch.no_grad():
+        logits = model.logits(image_BCYX)
+        model.encoder.blocks.output.conv.b.sub_(logits.mean(dim=(0, 2, 3)))
+    save_dvae(folder, model)
+
+
+def arguments(stage: str, inputs: Inputs, out: Path, preset: str, /, **changes) -> list[str]:
+    """Command line of ``pipeline.train_STAGE``, without the module; ``changes`` to its options."""
+    options = {"preset": f"{__file__}:{preset}", "out": out}
+    if stage == "dalle":
+        options |= {"data": inputs.tokens, "tokenizer": inputs.tokenizer}
+    else:
+        options |= {"data": inputs.pairs}
+    options |= changes
+    return [str(word) for name in options for word in (f"--{name}", options[name])]
+
+
+def start(command: list, timeout_s: float = 300) -> subprocess.CompletedProcess:
+    """Run a command in a process group of its own, which is ended with it."""
+    cpu = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | cpu
+    process = subprocess.Popen(
+        [str(word) for word in command], cwd=ROOT, env=environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def plain(stage: str, *options) -> subprocess.CompletedProcess:
+    """``python -m pipeline.train_STAGE``."""
+    return start([sys.executable, "-m", f"pipeline.train_{stage}", *options])
+
+
+def launched(stage: str, ranks: int, ds_config, *options) -> subprocess.CompletedProcess:
+    """``deepspeed --module pipeline.train_STAGE`` on ``ranks`` processes of this machine."""
+    launcher = Path(sys.executable).parent / "deepspeed"
+    places = ["--num_gpus", ranks, "--master_port", free_port(), "--module"]
+    module = f"pipeline.train_{stage}"
+    return start([launcher, *places, module, *options, "--deepspeed_config", ds_config])
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def train(stage, out: Path, micro_batch: int | None = None):
+    """Train ``stage`` in this process with plain PyTorch; returns the engine."""
+    from pipeline.training import loop
+    from pipeline.training.engine import PlainEngine
+
+    engine = PlainEngine(stage.build, stage.run)
+    if micro_batch is not None:
+        engine.micro_batch, engine.accumulation = micro_batch, stage.run.batch // micro_batch
+    loop.train(stage, engine, out)
+    return engine
+
+
+def curve(out: Path, kind: str = "train") -> list[dict]:
+    """The lines of one kind in metrics.jsonl, without the clock."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if name != "time_s"}
+        for line in lines
+        if line["kind"] == kind
+    ]
+
+
+def losses(out: Path) -> list[float]:
+    """The loss of every update."""
+    return [line["loss"] for line in curve(out)]
