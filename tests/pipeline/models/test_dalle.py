@@ -16,7 +16,9 @@ from pipeline.models.dalle import (
     Dalle,
     Dense,
     Head,
+    ImageEmbedding,
     LayerNorm,
+    TextEmbedding,
     layer_patterns,
     load_dalle,
     nll_sums,
@@ -440,7 +442,10 @@ def dtypes_of(model, text, image):
     hooks = [
         module.register_forward_hook(note)
         for module in model.modules()
-        if isinstance(module, (Attention, Block, Dense, Head, LayerNorm))
+        if isinstance(
+            module,
+            (Attention, Block, Dense, Head, ImageEmbedding, LayerNorm, TextEmbedding),
+        )
     ]
     with torch.no_grad():
         logits = model(text, image)
@@ -467,6 +472,7 @@ def test_bfloat16_is_for_the_matrices_only(stored, monkeypatch):
     seen, logits = dtypes_of(model, text, image)
     full, half = torch.float32, torch.bfloat16
     assert seen[Block] == seen[LayerNorm] == seen[Head] == {(full, full)}
+    assert seen[TextEmbedding] == seen[ImageEmbedding] == {(torch.int64, full)}
     assert seen[Attention] == {(full, half)}
     assert {output for _, output in seen[Dense]} == {half}
     assert attended == {half}

@@ -380,8 +380,11 @@ def test_bfloat16_leaves_the_convolutions_at_the_relaxation_in_float32():
             module.register_forward_hook(
                 lambda _, inputs, output, name=name: computed.update({name: output.dtype})
             )
+    stats = []
+    dvae.decoder.register_forward_hook(lambda *io: stats.append(io[-1]))
     with torch.no_grad():
         out = dvae(pictures(), gumbel())
+    assert stats[0].dtype == torch.float32
     full = {name for name, dtype in computed.items() if dtype == torch.float32}
     assert full == {"encoder.blocks.output.conv", "decoder.blocks.input"}
     assert set(computed.values()) == {torch.float32, torch.bfloat16}
