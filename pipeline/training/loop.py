@@ -94,9 +94,7 @@ def train(stage: Stage[Any], engine: Engine, out: Path) -> None:
     try:
         with closing(prefetch(map(stage.micro_batches, positions))) as stream:
             while engine.updates < run.steps:
-                with _said_by_this_rank():
-                    batches = next(stream)
-                figures = _update(stage, engine, batches)
+                figures = _update(stage, engine, _next(engine, stream))
                 step = engine.updates
                 telemetry.update(step, figures)
                 if step % run.val_every == 0 or step == run.steps:
@@ -119,6 +117,22 @@ def _make(out: Path) -> None:
         raise InputError(
             f"--out {out} cannot be made a folder ({error.strerror}): name another"
         ) from error
+
+
+def _next(engine: Engine, stream: Iterator[list[Any]]) -> list[Any]:
+    """This rank's next micro-batches; all ranks stop together when one cannot read its own."""
+    batches: list[Any] = []
+    problem = None
+    try:
+        batches = next(stream)
+    except InputError as error:
+        problem = error
+    n_stopped = engine.sum(torch.tensor([float(problem is not None)], device=engine.device))
+    if problem is not None:
+        raise OwnError(str(problem)) from problem
+    if n_stopped.item():
+        raise InputError("another rank cannot read its samples: its own line says why")
+    return batches
 
 
 @contextmanager

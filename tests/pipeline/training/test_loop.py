@@ -12,6 +12,7 @@ from pipeline.console import InputError, OwnError
 from pipeline.data.loader import TokenLoader
 from pipeline.train_dalle import DalleStage
 from pipeline.training import checkpoint, loop
+from pipeline.training.engine import PlainEngine
 from pipeline.training.telemetry import Telemetry
 from tests import tiny as runs
 from tests.tiny import arguments, curve, losses, plain, train
@@ -213,6 +214,14 @@ def test_what_is_wrong_with_one_ranks_samples_is_said_by_that_rank(
     monkeypatch.setattr(TokenLoader, "batch_at", damaged)
     with pytest.raises(OwnError, match="row 'x' is damaged"):
         train(stage_of(tiny), tmp_path)
+
+
+def test_a_rank_stops_with_the_one_that_cannot_read_its_samples(tiny, tmp_path, monkeypatch):
+    # one more than this rank says, as if another had said it
+    monkeypatch.setattr(PlainEngine, "sum", lambda self, value: value + 1)
+    with pytest.raises(InputError, match="another rank cannot read its samples") as stopped:
+        train(stage_of(tiny), tmp_path)
+    assert not isinstance(stopped.value, OwnError)
 
 
 @pytest.mark.parametrize(
