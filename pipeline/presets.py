@@ -50,6 +50,25 @@ def dvae_demo() -> DvaeRun:
     )
 
 
+def dvae_own() -> DvaeRun:
+    """64-pixel pictures of any kind into 8x8 codes out of 512: ``./demo.sh DATA``."""
+    return DvaeRun(
+        model=DvaeConfig(image_size=64, n_vocab=512, n_hid=32, n_init=64, n_blk_per_group=1),
+        optimizer=Optimizer(
+            betas=(0.9, 0.98), weight_decay=1e-4, gradient_clipping=0.0, ema_decay=0.995
+        ),
+        batch=16,
+        steps=8_000,
+        lr=Ramp(3e-3, 2e-4, 8_000),
+        beta=Ramp(0.0, 6.6, 100),
+        tau=Ramp(1.0, 1 / 16, 800),
+        val_fraction=0.05,
+        val_images=128,
+        val_every=1_000,
+        save_every=1_000,
+    )
+
+
 def _dalle(n_layer: int, d_model: int) -> DalleRun:
     """The paper's recipe (appendix B.2) for a member of its family: heads of width 64 (Table 1)."""
     return DalleRun(
@@ -114,6 +133,33 @@ def dalle_demo() -> DalleRun:
         lr=Ramp(2e-3, 2e-4, 1_500),
         val_fraction=0.05,
         val_images=256,
+        val_every=500,
+        save_every=500,
+    )
+
+
+def dalle_own() -> DalleRun:
+    """Six layers for the codes of ``dvae_own``: ``./demo.sh DATA``."""
+    return DalleRun(
+        model=DalleConfig(
+            n_layer=6,
+            d_model=256,
+            n_head=4,
+            n_text=48,
+            n_text_vocab=2048,
+            grid=8,
+            n_image_vocab=512,
+            conv_kernel=5,
+        ),
+        optimizer=Optimizer(
+            betas=(0.9, 0.96), weight_decay=4.5e-2, gradient_clipping=4.0, ema_decay=0.99
+        ),
+        batch=32,
+        steps=3_000,
+        warmup=100,
+        lr=Ramp(1e-3, 1e-4, 3_000),
+        val_fraction=0.05,
+        val_images=128,
         val_every=500,
         save_every=500,
     )

@@ -6,8 +6,10 @@ of the ring lies the whole caption, which every image token sees (figure 11). Al
 same at every step: what a step must not see gets a score of minus infinity.
 
 Letters: Z keys (0) and values (1), B batch, H heads, N positions of this call, D head width, S
-positions that are attended to: T text positions, then the image keys of a step.
+positions that are attended to: T text positions, then the K image keys of a step; I steps.
 """
+
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -41,18 +43,11 @@ class BoundedCache:
         device: torch.device,
     ) -> None:
         self.n_text, self.n_slots = pattern.n_text, pattern.n_slots
-        slots, is_key = pattern.slot_table()
-        n_keys = slots.shape[1]
-        # where a step sees the whole ring, the ring stands behind the caption and nothing moves
-        self.moves = n_keys < pattern.n_slots
-        place = torch.arange(n_keys).expand_as(slots) if self.moves else slots
-        hidden = torch.full((pattern.n_image, pattern.n_text + n_keys), float("-inf"))
-        hidden[:, : pattern.n_text] = 0
-        step = torch.arange(pattern.n_image)[:, None].expand_as(slots)
-        hidden[step[is_key], pattern.n_text + place[is_key]] = 0
+        slots_IK, hidden_IS, self.moves = _tables(pattern)
+        n_keys = slots_IK.shape[1]
+        self.slots_IK = slots_IK.to(device)
         # [I, 1, S]: one query a step
-        self.hidden_I1S = hidden[:, None].to(device, dtype)
-        self.slots_IS = slots.to(device)
+        self.hidden_I1S = hidden_IS[:, None].to(device, dtype)
         # zeros: a slot without weight must still be a number
         shape_ZBH = (2, batch, n_head)
         self.seen_ZBHSD = torch.zeros(
@@ -100,5 +95,25 @@ class BoundedCache:
         self.ring_ZBHSD[0, :, :, slot] = k_BNHD[:, 0]
         self.ring_ZBHSD[1, :, :, slot] = v_BNHD[:, 0]
         if self.moves:
-            keys_ZBHSD = self.ring_ZBHSD.index_select(3, self.slots_IS[self.step])
+            keys_ZBHSD = self.ring_ZBHSD.index_select(3, self.slots_IK[self.step])
             self.seen_ZBHSD[:, :, :, self.n_text :] = keys_ZBHSD
+
+
+@lru_cache(maxsize=8)
+def _tables(pattern: Pattern) -> tuple[Tensor, Tensor, bool]:
+    """What each step sees, shared by layers of one pattern: never write to it.
+
+    Returns:
+        The slots whose keys a step needs, [I, K]; 0 or minus infinity for each position it
+        attends to, [I, S]; and whether the keys must be moved to stand behind the caption: where
+        a step can see the whole ring, the ring itself stands there.
+    """
+    slots_IK, is_key_IK = pattern.slot_table()
+    n_keys = slots_IK.shape[1]
+    moves = n_keys < pattern.n_slots
+    place_IK = torch.arange(n_keys).expand_as(slots_IK) if moves else slots_IK
+    hidden_IS = torch.full((pattern.n_image, pattern.n_text + n_keys), float("-inf"))
+    hidden_IS[:, : pattern.n_text] = 0
+    step_IK = torch.arange(pattern.n_image)[:, None].expand_as(slots_IK)
+    hidden_IS[step_IK[is_key_IK], pattern.n_text + place_IK[is_key_IK]] = 0
+    return slots_IK, hidden_IS, moves
