@@ -18,6 +18,7 @@ from pipeline.evaluation.scenes import (
     Reading,
     Scene,
     Thing,
+    add_grain,
     describes,
     draw,
     is_held_out,
@@ -253,7 +254,7 @@ def noisy(picture, rng):
     return np.clip(picture + rng.normal(0, 25, picture.shape), 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("spoil", [blurred, noisy])
+@pytest.mark.parametrize("spoil", [blurred, noisy, add_grain])
 def test_the_checker_reads_spoiled_renders(spoil):
     rng = np.random.default_rng(0)
     drawn = scenes(200, held_out=None)
