@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.console import InputError, command, logger, track
-from pipeline.evaluation.scenes import add_grain, draw, random_scene
+from pipeline.evaluation.scenes import draw, random_scene
 
 PER_FOLDER = 1000
 SETTINGS = ".scenes.json"  # hidden, so that no reader of pairs takes it for one
@@ -56,7 +56,7 @@ def write_scenes(
             folder.mkdir(exist_ok=True)
         rng = np.random.default_rng([seed, i])
         scene = random_scene(rng, held_out=hold_out, two_things=two_objects)
-        Image.fromarray(add_grain(draw(scene, image_size), rng)).save(folder / f"{i:08d}.png")
+        Image.fromarray(draw(scene, image_size)).save(folder / f"{i:08d}.png")
         (folder / f"{i:08d}.txt").write_text(scene.caption + "\n", encoding="utf-8")
     log.info("%d pictures in %s", count, out)
 

@@ -147,6 +147,7 @@ class DvaeRun:
     lr: Ramp
     beta: Ramp  # weight of the KL term
     tau: Ramp  # temperature of the relaxation
+    pixel_noise: float = 0.0  # standard deviation added to training pictures in [0, 1]; paper: 0
     val_fraction: float = 0.01
     val_images: int = 1024  # looked at in one validation
     val_every: int = 1000

@@ -2,6 +2,8 @@
 
 python -m pipeline.report --dvae DIR --dalle DIR --pairs DIR --samples NAME=DIR ... --out runs/demo
 
+The first set of samples gives the caption accuracy that report.json leads with.
+
 The page holds all its pictures. Where captions describe scenes (pipeline.evaluation.scenes), the
 checker reads every sample back and the page says how often it shows what its caption asks for.
 """
@@ -279,8 +281,7 @@ def main() -> None:
     parser.add_argument("--dvae", required=True, type=Path, help="--out of pipeline.train_dvae")
     parser.add_argument("--dalle", required=True, type=Path, help="--out of pipeline.train_dalle")
     parser.add_argument("--pairs", required=True, type=Path, help="pictures to reconstruct")
-    parser.add_argument("--samples", required=True, nargs="+", metavar="NAME=DIR",
-                        help="folders of pipeline.sample; the first is the one that counts")  # fmt: skip
+    parser.add_argument("--samples", required=True, nargs="+", metavar="NAME=DIR")
     parser.add_argument("--seconds", type=Path, help="lines of: stage seconds")
     parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args()

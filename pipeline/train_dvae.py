@@ -84,7 +84,8 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
         """Shares of (nll + beta KL) / values of a picture, averaged over the batch (A.2)."""
         images, positions = batch
         noise = self.noise(positions, engine.device)
-        out = engine.model(images.to(engine.device), noise, at(self.run.tau, step))
+        images = self.with_pixel_noise(images.to(engine.device), positions)
+        out = engine.model(images, noise, at(self.run.tau, step))
         scale = 1 / (totals[0] * self._values)
         nll, kl = out["nll_B"].sum() * scale, out["kl_B"].sum() * scale
         return nll + at(self.run.beta, step) * kl, {"nll": nll, "kl": kl}
@@ -103,6 +104,17 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
             generator.manual_seed(sample_seed(self.run.seed, 0, position))
             row.exponential_(generator=generator)
         return -noise.log()
+
+    def with_pixel_noise(self, images: Tensor, positions: list[int]) -> Tensor:
+        """Pictures in [0, 1] with the preset's noise, a function of seed and position alone."""
+        if not self.run.pixel_noise:
+            return images
+        noise = torch.empty_like(images)
+        for row, position in zip(noise, positions, strict=True):
+            generator = torch.Generator(images.device)
+            generator.manual_seed(sample_seed(self.run.seed, 1, position))
+            row.normal_(std=self.run.pixel_noise, generator=generator)
+        return (images + noise).clamp(0, 1)
 
     def lr(self, step: int) -> float:
         """Half a cosine (A.2)."""

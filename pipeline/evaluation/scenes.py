@@ -45,7 +45,6 @@ RELATIONS = {  # the first object's centre and the second's
 # elsewhere
 HELD_OUT = (("red", "triangle"), ("blue", "circle"), ("yellow", "cross"), ("black", "square"))
 JITTER = 0.02  # of a centre, so that no two pictures of a caption need be equal
-GRAIN = 8.0  # standard deviation, in levels of 255
 SUPERSAMPLING = 4
 
 
@@ -171,17 +170,6 @@ def draw(scene: Scene, side: int) -> np.ndarray:
         x, y = (c * n for c in thing.centre)
         _draw_shape(pen, thing.shape, x, y, SIZES[thing.size] * n, COLOURS[thing.colour])
     return np.asarray(image.resize((side, side), Image.Resampling.BOX))
-
-
-def add_grain(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Film grain over a picture, uint8 in and out.
-
-    Without it flat backgrounds have no floor under their logit-Laplace density: stage 1 gains more by
-    ever sharper backgrounds than by objects, its gradients grow a thousandfold, and it never sees
-    more than three codes (measured).
-    """
-    noisy = image + rng.normal(0.0, GRAIN, image.shape)
-    return noisy.round().clip(0, 255).astype(np.uint8)
 
 
 def _draw_shape(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import resource
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -101,7 +102,7 @@ def train(stage: Stage[Any], engine: Engine, out: Path) -> None:
                     engine.model.eval()
                     with _said_by_this_rank():
                         held_out = stage.validate(engine, out)
-                    telemetry.figures("val", step, held_out)
+                    telemetry.figures("val", step, held_out | {"peak_gib": _peak_gib(engine)})
                     engine.model.train()
                 if step % run.save_every == 0 or step == run.steps:
                     checkpoint.save(engine, out, identity)
@@ -133,6 +134,16 @@ def _next(engine: Engine, stream: Iterator[list[Any]]) -> list[Any]:
     if n_stopped.item():
         raise InputError("another rank cannot read its samples: its own line says why")
     return batches
+
+
+def _peak_gib(engine: Engine) -> float:
+    """The most host memory that the ranks held so far, added up; with a GPU, its memory instead."""
+    if engine.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(engine.device) / 2**30
+    else:
+        # Linux counts in KiB
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return float(engine.sum(torch.tensor(peak, device=engine.device)))
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from pipeline.evaluation.scenes import (
     Reading,
     Scene,
     Thing,
-    add_grain,
     describes,
     draw,
     is_held_out,
@@ -254,7 +253,7 @@ def noisy(picture, rng):
     return np.clip(picture + rng.normal(0, 25, picture.shape), 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("spoil", [blurred, noisy, add_grain])
+@pytest.mark.parametrize("spoil", [blurred, noisy])
 def test_the_checker_reads_spoiled_renders(spoil):
     rng = np.random.default_rng(0)
     drawn = scenes(200, held_out=None)
