@@ -41,7 +41,7 @@ rm -f "$OUT/seconds.txt"
 # 1. captioned pictures
 if [ -z "$DATA" ]; then
     DATA=$OUT/scenes
-    stage scenes python -m data_prep.scenes --count 6000 --out "$DATA" --image-size 64
+    stage scenes python -m data_prep.scenes --count 6000 --out "$DATA" --image-size 64 --two-objects 0.1
     stage scenes python -m data_prep.scenes --count 256 --out "$OUT/held_out" --image-size 64 --hold-out
 fi
 

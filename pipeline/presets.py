@@ -46,10 +46,10 @@ def dvae_demo() -> DvaeRun:
             betas=(0.9, 0.99), weight_decay=1e-4, gradient_clipping=1.0, ema_decay=0.99
         ),
         batch=16,
-        steps=4_500,
-        lr=Ramp(4e-3, 3e-4, 4_500),
-        beta=Ramp(12.0, 4.0, 2_250),
-        tau=Ramp(1.0, 1 / 16, 1_350),
+        steps=4_000,
+        lr=Ramp(4e-3, 2e-4, 4_000),
+        beta=Ramp(12.0, 4.0, 2_000),
+        tau=Ramp(1.0, 1 / 16, 1_200),
         pixel_noise=8 / 255,
         val_fraction=0.05,
         val_images=128,
@@ -136,10 +136,10 @@ def dalle_demo() -> DalleRun:
         optimizer=Optimizer(
             betas=(0.9, 0.96), weight_decay=4.5e-2, gradient_clipping=4.0, ema_decay=0.99
         ),
-        batch=64,
-        steps=1_500,
+        batch=32,
+        steps=2_000,
         warmup=100,
-        lr=Ramp(2e-3, 2e-4, 1_500),
+        lr=Ramp(2e-3, 2e-4, 2_000),
         val_fraction=0.05,
         val_images=256,
         val_every=500,

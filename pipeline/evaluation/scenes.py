@@ -28,18 +28,18 @@ BACKGROUNDS = {"white": (250, 250, 250), "grey": (185, 185, 185), "pink": (250, 
 SHAPES = ("circle", "square", "triangle", "cross")
 # centres, as shares of the picture's side
 PLACES = {
-    "in the top left": (0.28, 0.28),
-    "in the top right": (0.72, 0.28),
+    "in the top left": (0.3, 0.3),
+    "in the top right": (0.7, 0.3),
     "in the middle": (0.5, 0.5),
-    "in the bottom left": (0.28, 0.72),
-    "in the bottom right": (0.72, 0.72),
+    "in the bottom left": (0.3, 0.7),
+    "in the bottom right": (0.7, 0.7),
 }
-SIZES = {"small": 0.16, "large": 0.25}  # half the side of the object, as a share of the picture's
+SIZES = {"small": 0.19, "large": 0.28}  # half the side of the object, as a share of the picture's
 RELATIONS = {  # the first object's centre and the second's
-    "above": ((0.5, 0.28), (0.5, 0.72)),
-    "below": ((0.5, 0.72), (0.5, 0.28)),
-    "to the left of": ((0.28, 0.5), (0.72, 0.5)),
-    "to the right of": ((0.72, 0.5), (0.28, 0.5)),
+    "above": ((0.5, 0.27), (0.5, 0.73)),
+    "below": ((0.5, 0.73), (0.5, 0.27)),
+    "to the left of": ((0.27, 0.5), (0.73, 0.5)),
+    "to the right of": ((0.73, 0.5), (0.27, 0.5)),
 }
 # (colour, shape) pairs that no training picture shows; each colour and each shape is shown
 # elsewhere

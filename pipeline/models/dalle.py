@@ -208,6 +208,8 @@ def layer_patterns(config: DalleConfig) -> list[Pattern]:
 class Dalle(nn.Module):
     """The transformer. ``forward`` trains; the sampler calls its parts with caches."""
 
+    ZERO_LEAVES = (Block,)  # ZeRO-3 gathers a block in one message, as the paper does (2.5)
+
     def __init__(self, config: DalleConfig) -> None:
         super().__init__()
         self.config = config

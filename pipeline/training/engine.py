@@ -178,9 +178,13 @@ class ZeroEngine(Engine):
         self.micro_batch = resolved["train_micro_batch_size_per_gpu"]
         self.accumulation = resolved["gradient_accumulation_steps"]
         self.compute_dtype = getattr(torch, ds_config.compute_dtype_name(ds))
+        from deepspeed.utils import set_z3_leaf_modules
+
         torch.manual_seed(run.seed)
         with deepspeed.zero.Init(config_dict_or_path=resolved):
             model = build()
+        if leaves := getattr(model, "ZERO_LEAVES", ()):
+            set_z3_leaf_modules(model, list(leaves))
         self._optimizer = AdamW(parameter_groups(model, run.optimizer), run.optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=resolved, dist_init_required=False

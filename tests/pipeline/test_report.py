@@ -1,0 +1,103 @@
+"""The report: what it counts, and that the page stands alone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep import ingest
+from data_prep.scenes import write_scenes
+from pipeline import report
+from pipeline.config import DvaeConfig
+from pipeline.console import InputError
+from pipeline.data.pictures import save_png
+from pipeline.evaluation import scenes
+from pipeline.models.dvae import DiscreteVAE, save_dvae
+
+CAPTION = "a large red circle in the middle on a white background"
+
+
+def picture(caption: str) -> np.ndarray:
+    return scenes.draw(scenes.parse(caption), 64)
+
+
+def test_accuracy_counts_word_by_word() -> None:
+    wrong = CAPTION.replace("red", "blue")
+    rows = [(CAPTION, picture(CAPTION)), (CAPTION, picture(wrong))]
+    accuracy = report.caption_accuracy(rows)
+    assert accuracy == {
+        "n": 2, "colour": 0.5, "shape": 1.0, "size": 1.0, "place": 1.0, "background": 1.0
+    }  # fmt: skip
+
+
+def test_captions_that_are_no_scenes_are_not_counted() -> None:
+    two = "a small red circle above a small blue square on a grey background"
+    rows = [("a cat", picture(CAPTION)), (two, picture(two))]
+    assert report.caption_accuracy(rows) is None
+    counted = report.caption_accuracy([*rows, (CAPTION, picture(CAPTION))])
+    assert counted is not None
+    assert counted["n"] == 1
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a small run leaves behind, with a dVAE of random weights."""
+    root = tmp_path_factory.mktemp("run")
+    write_scenes(root / "scenes", 40, 64, seed=0, hold_out=False, two_objects=0.0)
+    ingest.ingest([root / "scenes"], root / "pairs", image_size=64, upscale=False)
+    torch.manual_seed(0)
+    config = DvaeConfig(image_size=64, n_vocab=16, n_hid=4, n_init=4, n_blk_per_group=1)
+    save_dvae(root / "dvae", DiscreteVAE(config))
+    save_png(root / "dvae" / "reconstructions" / "final.png", picture(CAPTION))
+    (root / "dalle").mkdir()
+    figures = {"loss": 1.0, "text": 2.0, "image": 0.5, "peak_gib": 0.25, "codes_used": 7.0}
+    for stage in ("dvae", "dalle"):
+        events = [{"kind": kind, "step": s, **figures} for s in (1, 2) for kind in ("train", "val")]
+        lines = "".join(json.dumps(event) + "\n" for event in events)
+        (root / stage / "metrics.jsonl").write_text(lines)
+    save_png(root / "samples" / "0.png", picture(CAPTION))
+    (root / "samples" / "samples.jsonl").write_text(
+        json.dumps({"file": "0.png", "caption": CAPTION}) + "\n"
+    )
+    return root
+
+
+def tell(run: Path) -> report.Story:
+    return report.read_story(
+        run / "dvae", run / "dalle", run / "pairs", {"held_out": run / "samples"}, {"encode": 3.0}
+    )
+
+
+def test_figures_are_those_of_the_run(run: Path) -> None:
+    figures = tell(run).figures()
+    assert figures["caption_accuracy"] == {"colour": 1.0, "shape": 1.0, "place": 1.0}
+    assert figures["render_accuracy"]["colour"] == 1.0
+    assert figures["render_accuracy"]["n"] == 40
+    # random weights draw nothing that the checker would read right
+    assert figures["reconstruction_accuracy"]["shape"] < 0.6
+    assert figures["seconds"] == {"encode": 3.0}
+    assert figures["peak_gib"] == 0.25
+    assert figures["losses"]["dalle"]["val"]["image"] == 0.5
+
+
+def test_the_page_stands_alone(run: Path) -> None:
+    page = tell(run).page()
+    # a sample, the reconstructions, the curves
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page
+    assert CAPTION in page
+    assert "7 of 16 codes used" in page
+
+
+def test_markup_in_a_caption_is_shown_not_obeyed(run: Path) -> None:
+    row = {"file": "0.png", "caption": "<script>x</script>", "image": picture(CAPTION)}
+    assert "<script>" not in report._samples_section("set", [row])
+
+
+def test_what_is_missing_is_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"samples\.jsonl cannot be read .*run pipeline\.sample"):
+        report.read_samples(tmp_path)
+    with pytest.raises(InputError, match=r"metrics\.jsonl cannot be read .*was .* trained"):
+        report.read_metrics(tmp_path)
