@@ -29,8 +29,9 @@ from PIL import Image
 from data_prep.sources import RawPair, open_source, survey
 from pipeline.console import Bar, InputError, command, logger
 from pipeline.data.images import PIXEL_LIMIT, ImageError, Pixels, inspect_image
-from pipeline.data.schema import image_sha, read_json, write_json
+from pipeline.data.schema import image_sha, read_json
 from pipeline.data.shards import ShardWriter
+from pipeline.files import write_json
 
 CAPTION_LIMIT = 10_000  # characters
 MIN_SIDE = 8  # pixels: what is smaller shows nothing, enlarged or not

@@ -25,11 +25,11 @@ import torch
 from pipeline import presets
 from pipeline.config import DalleConfig, DvaeConfig, require
 from pipeline.console import InputError, command, logger
+from pipeline.files import write_bytes
 from pipeline.generation.sampling import generate, pictures, set_sampling_dtype
 from pipeline.models.dalle import Dalle, nll_sums
 from pipeline.models.dvae import DiscreteVAE
 from pipeline.training.optimizer import AdamW, parameter_groups
-from pipeline.weights import write_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from pipeline.console import InputError, command, logger
-from pipeline.weights import write_json
+from pipeline.files import write_json
 
 log = logger("gpu-check")
 

@@ -26,8 +26,8 @@ from pipeline.data.images import centre_crop, decode_image
 from pipeline.data.pictures import to_uint8
 from pipeline.data.shards import ShardReader
 from pipeline.evaluation import scenes
+from pipeline.files import write_bytes, write_json
 from pipeline.models.dvae import DiscreteVAE, load_dvae
-from pipeline.weights import write_bytes, write_json
 
 log = logger("report")
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.console import InputError
+from pipeline.files import write_json
 
 SCHEMA_VERSION = 1
 
@@ -41,21 +42,6 @@ class Artifact:
                 f"in the file and {wanted.get(name)} in the model; export the model again"
             )
         model.load_state_dict(self.tensors)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary file, synced, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def save_weights(

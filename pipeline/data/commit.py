@@ -22,8 +22,8 @@ from pipeline.data.schema import (
     read_json,
     schema_of,
     shard_name,
-    write_json,
 )
+from pipeline.files import write_json
 
 BATCH_ROWS = 8192  # of a record batch, at most
 BATCH_BYTES = 64 << 20  # of images in a record batch, about: bounds the memory of a writer

@@ -21,9 +21,7 @@ The same rows give the same bytes, so a shard that is written twice is harmless.
 """
 
 import json
-import os
 import re
-import uuid
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
@@ -84,17 +82,6 @@ def schema_of(kind: str, made_of: dict[str, Any]) -> pa.Schema:
     tokens = pa.field("image_tokens", pa.list_(pa.uint16(), n_image))
     crops = pa.field("crops", pa.list_(pa.float32(), made_of["crops"] * N_CROP))
     return pa.schema([*both, tokens, crops, sha])
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, sort_keys=True, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_json(path: Path, schema_version: int = SCHEMA_VERSION) -> dict[str, Any]:

@@ -19,7 +19,8 @@ import numpy as np
 import sentencepiece
 
 from pipeline.console import InputError
-from pipeline.data.schema import read_json, write_json
+from pipeline.data.schema import read_json
+from pipeline.files import write_json
 
 SCHEMA_VERSION = 1  # of tokenizer.json
 NO_TOKEN = -1

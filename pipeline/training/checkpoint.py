@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.console import InputError, logger
+from pipeline.files import write_json
 from pipeline.training.engine import Engine
-from pipeline.weights import write_json
 
 log = logger("train")
 

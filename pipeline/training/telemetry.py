@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.console import Bar, logger
-from pipeline.weights import write_bytes
+from pipeline.files import write_bytes
 
 
 class Telemetry:

@@ -7,7 +7,8 @@ from torch import nn
 
 from pipeline import weights
 from pipeline.console import InputError
-from pipeline.weights import load_weights, save_weights, write_bytes, write_json
+from pipeline.files import write_bytes, write_json
+from pipeline.weights import load_weights, save_weights
 
 TENSORS = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor([0.5, -0.5])}
 MADE_OF = {"pairs": "abc"}

@@ -1,0 +1,46 @@
+"""What ``make demo`` promises, read from the report that it left: run after it, as .ci/run does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+OUT = Path(__file__).resolve().parents[2] / "runs" / "demo"
+
+pytestmark = pytest.mark.demo
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    """report.json of the last demo; its absence is a failure, not a skip."""
+    content: dict[str, Any] = json.loads((OUT / "report.json").read_text())
+    return content
+
+
+@pytest.mark.parametrize("words", ["held_out", "seen"])
+def test_samples_show_what_their_captions_say(report: dict[str, Any], words: str) -> None:
+    accuracy = report["accuracy_by_set"][words]
+    assert accuracy["n"] >= 128
+    # chance is 17, 25 and 20 %
+    assert accuracy["colour"] >= 0.90
+    assert accuracy["shape"] >= 0.70
+    assert accuracy["place"] >= 0.70
+
+
+def test_the_checker_reads_renders_and_reconstructions(report: dict[str, Any]) -> None:
+    for word in ("colour", "shape", "place"):
+        assert report["render_accuracy"][word] >= 0.99
+        assert report["reconstruction_accuracy"][word] >= 0.95
+
+
+def test_it_ends_within_fifteen_minutes(report: dict[str, Any]) -> None:
+    # a promise of the demo's size, with its own margin; speed itself is measured by the benches
+    assert sum(report["seconds"].values()) < 15 * 60
+
+
+def test_the_page_and_its_pictures_are_there() -> None:
+    assert (OUT / "report.html").stat().st_size > 100_000
+    sheet = Image.open(OUT / "samples" / "held_out" / "grid.png")
+    assert min(sheet.size) > 500
