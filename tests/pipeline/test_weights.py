@@ -1,5 +1,4 @@
 import json
-import os
 
 import pytest
 import torch
@@ -7,7 +6,6 @@ from torch import nn
 
 from pipeline import weights
 from pipeline.console import InputError
-from pipeline.files import write_bytes, write_json
 from pipeline.weights import load_weights, save_weights
 
 TENSORS = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor([0.5, -0.5])}
@@ -124,16 +122,3 @@ def test_saving_again_replaces_the_model(folder):
 def test_tensors_need_not_be_contiguous(tmp_path):
     save_weights(tmp_path, "dvae", {}, {"weight": TENSORS["weight"].t()}, {})
     assert torch.equal(load_weights(tmp_path, "dvae").tensors["weight"], TENSORS["weight"].t())
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "value.json"
-    write_json(path, {"old": 1})
-
-    def full(handle):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        write_bytes(path, b"new")
-    assert json.loads(path.read_text()) == {"old": 1}
