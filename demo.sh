@@ -16,12 +16,15 @@ if [ -n "$DATA" ]; then OUT=runs/own DVAE=dvae_own DALLE=dalle_own; fi
 mkdir -p "$OUT"
 
 # one rank a GPU, or two ranks that share the cores; bfloat16 where the hardware multiplies it
-RANKS=$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
-CONFIG=ds_configs/zero3_cpu.json
-if [ "$(python -c 'import torch; print(torch.cuda.is_available())')" = True ] ||
-    grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then CONFIG=ds_configs/zero3_bf16.json; fi
+RANKS=$(python -c 'import torch; print(torch.cuda.device_count())')
+CONFIG=ds_configs/zero3_bf16.json
+if [ "$RANKS" = 0 ]; then
+    RANKS=2
+    export DS_ACCELERATOR=cpu
+    grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo || CONFIG=ds_configs/zero3_cpu.json
+fi
 
-# run a stage and note its seconds for the report
+# run a stage and note its seconds for the report, which adds up those of several starts
 stage() {
     local name=$1 start=$SECONDS
     shift
@@ -35,8 +38,6 @@ train() { # the deepspeed launcher, on a port that is free
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} deepspeed --num_accelerators "$RANKS" --master_port "$port" \
         --log_level error --module "$@" --deepspeed_config "$CONFIG"
 }
-
-rm -f "$OUT/seconds.txt"
 
 # 1. captioned pictures
 if [ -z "$DATA" ]; then
@@ -65,8 +66,8 @@ stage train_dalle train pipeline.train_dalle --preset "$DALLE" --data "$OUT/toke
 if [ "$OUT" = runs/demo ]; then
     # 128 and more captions of (colour, shape) pairs that no training picture shows, and as many seen ones
     awk 1 "$OUT"/held_out/*/*.txt >"$OUT/held_out.txt"
-    awk 1 "$OUT"/scenes/*/*.txt | head -n 256 >"$OUT/seen.txt"
-    SETS="held_out seen"
+    awk 'NR <= 256' "$OUT"/scenes/*/*.txt >"$OUT/seen.txt"
+    LISTS="held_out seen"
 else
     python - "$OUT/pairs" >"$OUT/seen.txt" <<'PYTHON'
 import sys
@@ -75,13 +76,13 @@ pairs = ShardReader(sys.argv[1])
 for i in range(0, len(pairs), max(1, len(pairs) // 48)):
     sys.stdout.write(pairs[i]["caption"] + "\n")
 PYTHON
-    SETS=seen
+    LISTS=seen
 fi
 SAMPLES=()
-for set in $SETS; do
+for list in $LISTS; do
     stage sample python -m pipeline.sample --model "$OUT/dalle" --dvae "$OUT/dvae" \
-        --captions "$OUT/$set.txt" --seed 0 --out "$OUT/samples/$set"
-    SAMPLES+=("$set=$OUT/samples/$set")
+        --captions "$OUT/$list.txt" --seed 0 --out "$OUT/samples/$list"
+    SAMPLES+=("$list=$OUT/samples/$list")
 done
 
 # 8. one page about it all

@@ -63,18 +63,18 @@ def dvae_own() -> DvaeRun:
     return DvaeRun(
         model=DvaeConfig(image_size=64, n_vocab=512, n_hid=32, n_init=64, n_blk_per_group=1),
         optimizer=Optimizer(
-            betas=(0.9, 0.99), weight_decay=1e-4, gradient_clipping=1.0, ema_decay=0.995
+            betas=(0.9, 0.99), weight_decay=1e-4, gradient_clipping=1.0, ema_decay=0.99
         ),
         batch=16,
-        steps=8_000,
-        lr=Ramp(3e-3, 2e-4, 8_000),
-        beta=Ramp(12.0, 4.0, 3_000),
-        tau=Ramp(1.0, 1 / 16, 2_000),
+        steps=3_000,
+        lr=Ramp(3e-3, 2e-4, 3_000),
+        beta=Ramp(12.0, 4.0, 1_500),
+        tau=Ramp(1.0, 1 / 16, 900),
         pixel_noise=8 / 255,
         val_fraction=0.05,
         val_images=128,
-        val_every=1_000,
-        save_every=1_000,
+        val_every=500,
+        save_every=500,
     )
 
 
@@ -164,13 +164,13 @@ def dalle_own() -> DalleRun:
             betas=(0.9, 0.96), weight_decay=4.5e-2, gradient_clipping=4.0, ema_decay=0.99
         ),
         batch=32,
-        steps=3_000,
+        steps=1_600,
         warmup=100,
-        lr=Ramp(1e-3, 1e-4, 3_000),
+        lr=Ramp(1e-3, 1e-4, 1_600),
         val_fraction=0.05,
         val_images=128,
-        val_every=500,
-        save_every=500,
+        val_every=200,
+        save_every=200,
     )
 
 
