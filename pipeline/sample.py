@@ -170,7 +170,9 @@ def sample(
                 lines.write(json.dumps(line, ensure_ascii=False) + "\n")
             lines.flush()
             tiles.extend(images)
-    columns = args.count if len(captions) > 1 else math.ceil(math.sqrt(args.count))
+    # a caption a row; with one image a caption, or one caption, as square as it gets
+    rows_are_captions = len(captions) > 1 and args.count > 1
+    columns = args.count if rows_are_captions else math.ceil(math.sqrt(len(tiles)))
     save_png(out / "grid.png", tile(np.stack(tiles), columns))
     log.info("wrote %d images to %s, all of them in grid.png", len(orders), out)
 

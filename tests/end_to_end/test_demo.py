@@ -35,11 +35,6 @@ def test_the_checker_reads_renders_and_reconstructions(report: dict[str, Any]) -
         assert report["reconstruction_accuracy"][word] >= 0.95
 
 
-def test_it_ends_within_fifteen_minutes(report: dict[str, Any]) -> None:
-    # a promise of the demo's size, with its own margin; speed itself is measured by the benches
-    assert sum(report["seconds"].values()) < 15 * 60
-
-
 def test_the_page_and_its_pictures_are_there() -> None:
     assert (OUT / "report.html").stat().st_size > 100_000
     sheet = Image.open(OUT / "samples" / "held_out" / "grid.png")
