@@ -168,7 +168,8 @@ def _samples_section(name: str, rows: list[dict[str, Any]]) -> str:
         f"<figcaption>{html.escape(row['caption'])}</figcaption></figure>"
         for row in rows[:SHOWN]
     )
-    return f"<h2>Samples: {html.escape(name)}</h2><div class='grid'>{figures}</div>"
+    title = html.escape(name.replace("_", " "))
+    return f"<h2>Samples: {title}</h2><div class='grid'>{figures}</div>"
 
 
 def _accuracy_section(accuracy: dict[str, dict[str, float] | None]) -> str:
@@ -177,7 +178,7 @@ def _accuracy_section(accuracy: dict[str, dict[str, float] | None]) -> str:
         return ""
     words = [w for w in next(iter(known.values())) if w != "n"]
     rows = [
-        [name, f"{value['n']:.0f}", *(f"{100 * value[w]:.1f} %" for w in words)]
+        [name.replace("_", " "), f"{value['n']:.0f}", *(f"{100 * value[w]:.1f} %" for w in words)]
         for name, value in known.items()
     ]
     return (
