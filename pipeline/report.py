@@ -207,7 +207,7 @@ class Story:
     @property
     def peak_gib(self) -> float:
         """The most memory that the ranks of a stage held together."""
-        return max(v.get("peak_gib", 0.0) for v in self.vals.values())
+        return max(last(events, "machine").get("peak_gib", 0.0) for events in self.metrics.values())
 
     def figures(self) -> dict[str, Any]:
         """report.json."""

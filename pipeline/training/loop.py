@@ -102,7 +102,8 @@ def train(stage: Stage[Any], engine: Engine, out: Path) -> None:
                     engine.model.eval()
                     with _said_by_this_rank():
                         held_out = stage.validate(engine, out)
-                    telemetry.figures("val", step, held_out | {"peak_gib": _peak_gib(engine)})
+                    telemetry.figures("val", step, held_out)
+                    telemetry.figures("machine", step, {"peak_gib": _peak_gib(engine)})
                     engine.model.train()
                 if step % run.save_every == 0 or step == run.steps:
                     checkpoint.save(engine, out, identity)

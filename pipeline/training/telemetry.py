@@ -12,9 +12,9 @@ from pipeline.files import write_bytes
 class Telemetry:
     """Writes the figures of rank 0; silent elsewhere.
 
-    ``metrics.jsonl`` has a line an event: ``kind`` is "train" or "val", ``step`` the updates made,
-    and ``time_s`` the seconds of this process. Lines past a resumed step are taken back, so the
-    curve is one.
+    ``metrics.jsonl`` has a line an event: ``kind`` is "train", "val" or "machine", ``step`` the
+    updates made, and ``time_s`` the seconds of this process. Lines past a resumed step are taken
+    back, so the curve is one.
     """
 
     def __init__(self, out: Path, name: str, steps: int, done: int, speaks: bool) -> None:

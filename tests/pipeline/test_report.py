@@ -16,6 +16,7 @@ from pipeline.data.pictures import save_png
 from pipeline.evaluation import scenes
 from pipeline.models.dvae import DiscreteVAE, save_dvae
 
+KINDS = ("train", "val", "machine")
 CAPTION = "a large red circle in the middle on a white background"
 
 
@@ -54,7 +55,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "dalle").mkdir()
     figures = {"loss": 1.0, "text": 2.0, "image": 0.5, "peak_gib": 0.25, "codes_used": 7.0}
     for stage in ("dvae", "dalle"):
-        events = [{"kind": kind, "step": s, **figures} for s in (1, 2) for kind in ("train", "val")]
+        events = [{"kind": kind, "step": s, **figures} for s in (1, 2) for kind in KINDS]
         lines = "".join(json.dumps(event) + "\n" for event in events)
         (root / stage / "metrics.jsonl").write_text(lines)
     save_png(root / "samples" / "0.png", picture(CAPTION))
