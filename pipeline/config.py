@@ -135,6 +135,19 @@ class Optimizer:
     ema_every: int = 1  # updates
     eps: float = 1e-8
 
+    def __post_init__(self) -> None:
+        require(self.ema_every >= 1, f"ema_every is {self.ema_every}; take at least 1")
+
+
+def _check_run(run: "DvaeRun | DalleRun") -> None:
+    """Counts of a run are counts."""
+    for name in ("batch", "steps", "val_images", "val_every", "save_every", "log_every"):
+        value = getattr(run, name)
+        require(
+            isinstance(value, int) and value >= 1,
+            f"{name} is {value!r} in the preset; take a whole number from 1 on",
+        )
+
 
 @dataclass(frozen=True)
 class DvaeRun:
@@ -155,6 +168,9 @@ class DvaeRun:
     log_every: int = 10
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _check_run(self)
+
 
 @dataclass(frozen=True)
 class DalleRun:
@@ -174,6 +190,10 @@ class DalleRun:
     save_every: int = 1000
     log_every: int = 10
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_run(self)
+        require(0 <= self.bpe_dropout <= 1, f"bpe_dropout is {self.bpe_dropout}; it lies in [0, 1]")
 
 
 def as_dict(config: Any) -> dict[str, Any]:

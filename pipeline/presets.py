@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import inspect
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +218,27 @@ def _from_file(name: str) -> Any:
     if spec is None or spec.loader is None:
         raise InputError(f"preset {name!r}: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
-        raise InputError(f"preset {name!r}: {path} has no function {function}")
-    return getattr(module, function)()
+    # dataclasses look for the module that defines them there
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, function, None)):
+            raise InputError(f"preset {name!r}: {path} has no function {function}")
+        return getattr(module, function)()
+    except InputError:
+        raise
+    except Exception as error:  # the code is the user's: it may raise anything
+        raise InputError(
+            f"preset {name!r} cannot be made: {type(error).__name__}: {error}{_line(error, path)}; "
+            "correct the file"
+        ) from error
+
+
+def _line(error: Exception, path: str) -> str:
+    """Where in the user's file it happened."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == str(Path(path).absolute()) or frame.filename == path
+    ]
+    return f" (line {lines[-1]})" if lines else ""

@@ -84,3 +84,20 @@ def test_a_requirement_that_holds_is_silent():
     config.require(True, "never")
     with pytest.raises(InputError, match="never"):
         config.require(False, "never")
+
+
+@pytest.mark.parametrize(
+    "name", ["batch", "steps", "val_images", "val_every", "save_every", "log_every"]
+)
+@pytest.mark.parametrize("run", [runs.dalle, runs.dvae])
+def test_counts_of_a_run_are_counts(run, name):
+    for value in (0, -1, 2.5):
+        with pytest.raises(InputError, match=f"{name} is {value} in the preset; take a whole"):
+            dataclasses.replace(run(), **{name: value})
+
+
+def test_other_bounds_of_a_run():
+    with pytest.raises(InputError, match="ema_every is 0; take at least 1"):
+        dataclasses.replace(runs.dalle().optimizer, ema_every=0)
+    with pytest.raises(InputError, match=r"bpe_dropout is 2.0; it lies in \[0, 1\]"):
+        dataclasses.replace(runs.dalle(), bpe_dropout=2.0)

@@ -104,6 +104,15 @@ def test_other_names_of_the_module_are_no_presets(name):
         ("", "run", "has no function run"),
         ("run = 3", "run", "has no function run"),
         ("def run(): return 3", "run", "gives a int; a preset gives a DvaeRun or DalleRun"),
+        ("\ndef run(): 1 / 0", "run", r"ZeroDivisionError: division by zero \(line 2\); correct"),
+        ("def run(batch): pass", "run", "cannot be made: TypeError: .* missing 1 required"),
+        ("def run(: x", "run", "cannot be made: SyntaxError"),
+        ("import not_there", "run", r"ModuleNotFoundError: .*'not_there' \(line 1\)"),
+        (
+            "from pipeline.config import DvaeConfig\ndef run(): return DvaeConfig(image_size=60)",
+            "run",
+            "^image_size is 60",
+        ),
     ],
 )
 def test_a_file_without_a_preset_is_refused(tmp_path, content, function, sentence):
@@ -112,3 +121,17 @@ def test_a_file_without_a_preset_is_refused(tmp_path, content, function, sentenc
         path.write_text(content)
     with pytest.raises(InputError, match=sentence):
         presets.load(f"{path}:{function}")
+
+
+def test_a_file_may_define_dataclasses(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from pipeline import presets\n"
+        "@dataclass\n"
+        "class Size:\n"
+        "    batch: int = 4\n"
+        "def run(): return presets.load('dalle_demo', batch=Size().batch)\n"
+    )
+    assert presets.load(f"{path}:run").batch == 4
