@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.console import Bar, InputError, command, logger
+from pipeline.console import Bar, InputError, OwnError, command, logger
 from pipeline.data.images import Pixels, augment_dalle, decode_image
 from pipeline.data.loader import prefetch
 from pipeline.data.schema import read_json, shard_name
@@ -101,6 +101,10 @@ def is_committed(job: Job, k: int) -> bool:
     if not sidecar_path.exists():
         return False
     sidecar = read_json(sidecar_path)
+    if not {"made_of", "rows", "bytes"} <= set(sidecar):
+        raise InputError(
+            f"{sidecar_path} describes no shard: delete it, and this run makes it again"
+        )
     for name, wanted in job.made_of.items():
         if (found := sidecar["made_of"].get(name)) != wanted:
             raise InputError(
@@ -116,7 +120,7 @@ def _crop(data: bytes, key: str, size: int, seed: int) -> tuple[Pixels, np.ndarr
         pixels = decode_image(data)
         crop = augment_dalle(pixels, size, crop_rng(seed, key, 0))
     except InputError as error:
-        raise InputError(f"picture {key!r}: {error}") from error
+        raise OwnError(f"picture {key!r}: {error}") from error  # other ranks read other pictures
     height, width = pixels.shape[:2]
     return crop, crop_box(height, width, size, crop_rng(seed, key, 0))
 

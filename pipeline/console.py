@@ -1,10 +1,11 @@
 """How commands speak: one logger, one progress bar, one way to fail.
 
-Every entry point ends in ``if __name__ == "__main__": command(main)``. An ``InputError`` leaves it
-as one sentence on standard error and exit code 2; anything else is a bug of ours and keeps its
-traceback.
+Every entry point ends in ``if __name__ == "__main__": command(main)``. An ``InputError``, and a
+file that the system will not open, make or fill, leave it as one sentence on standard error and
+exit code 2; anything else is a bug of ours and keeps its traceback.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -116,12 +117,20 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run an entry point: an ``InputError`` becomes a sentence and exit code 2."""
+    """Run an entry point: what is wrong with its input becomes a sentence and exit code 2."""
     try:
         main()
     except InputError as error:
         if is_first_rank() or isinstance(error, OwnError):
             sys.stderr.write(f"error: {error}\n")
+        _end(2)
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.filename is None and not is_full:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        way_out = "make room and start again" if is_full else "name a path that can be used"
+        sys.stderr.write(f"error: {where}{error.strerror}; {way_out}\n")
         _end(2)
     except KeyboardInterrupt:
         sys.stderr.write("stopped by the keyboard\n")

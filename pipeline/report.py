@@ -62,14 +62,35 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     """The lines of a folder of pipeline.sample, each with its ``image`` uint8 [Y, X, 3]."""
     path = folder / "samples.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        # other line ends than \n may stand in captions
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+        for row in rows:
+            with Image.open(folder / row["file"]) as image:
+                row["image"] = np.asarray(image.convert("RGB"))
     except OSError as error:
+        raise InputError(f"{path} cannot be read ({error}); run pipeline.sample") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} cannot be read ({error.strerror}); run pipeline.sample"
+            f"{path} has a line that describes no picture: {error}; run pipeline.sample again"
         ) from error
-    for row in rows:
-        row["image"] = np.asarray(Image.open(folder / row["file"]).convert("RGB"))
+    if not rows:
+        raise InputError(f"{path} is empty; run pipeline.sample to its end")
     return rows
+
+
+def read_seconds(path: Path) -> dict[str, float]:
+    """Seconds of each stage, from lines of a name and a number; those of one name are added up."""
+    seconds: dict[str, float] = {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            stage, _, value = line.rpartition(" ")
+            seconds[stage] = seconds.get(stage, 0.0) + float(value)
+    except OSError as error:
+        raise InputError(f"--seconds {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"--seconds {path}: {error}; a line is a stage and its seconds") from error
+    return seconds
 
 
 def caption_accuracy(rows: list[tuple[str, np.ndarray]]) -> dict[str, float] | None:
@@ -292,11 +313,7 @@ def main() -> None:
         if not sign or not name or not folder:
             raise InputError(f"--samples takes NAME=DIR, not {item!r}")
         samples[name] = Path(folder)
-    seconds: dict[str, float] = {}
-    if args.seconds:
-        for line in args.seconds.read_text().splitlines():
-            stage, _, value = line.rpartition(" ")
-            seconds[stage] = seconds.get(stage, 0.0) + float(value)
+    seconds = read_seconds(args.seconds) if args.seconds else {}
     story = read_story(args.dvae, args.dalle, args.pairs, samples, seconds)
     figures = story.figures()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from pipeline.console import InputError
 from pipeline.files import write_json
+
+Config = TypeVar("Config")
 
 SCHEMA_VERSION = 1
 
@@ -30,6 +32,16 @@ class Artifact:
     tensors: dict[str, Tensor]
     made_of: dict[str, Any]
     fingerprint: str
+
+    def config_as(self, kind: type[Config]) -> Config:
+        """The config as a dataclass; it must have the fields that this code knows."""
+        try:
+            return kind(**self.config)
+        except TypeError as error:
+            raise InputError(
+                f"{self.folder / 'model.json'} has a config that this code cannot read: {error}; "
+                "copy or export the model again"
+            ) from error
 
     def fill(self, model: nn.Module) -> None:
         """Copy the tensors into ``model``; every name and shape must fit."""

@@ -279,7 +279,7 @@ def load_dalle(folder: str | Path, device: str | torch.device = "cpu") -> tuple[
     """
     artifact = load_weights(folder, "dalle")
     with torch.device("meta"):
-        model = Dalle(DalleConfig(**artifact.config))
+        model = Dalle(artifact.config_as(DalleConfig))
     model.to_empty(device="cpu")
     artifact.fill(model)
     return model.to(device).eval().requires_grad_(False), artifact.made_of, artifact.fingerprint

@@ -267,6 +267,6 @@ def load_dvae(folder: str | Path, device: str | torch.device = "cpu") -> tuple[D
         config.
     """
     artifact = load_weights(folder, "dvae")
-    dvae = DiscreteVAE(DvaeConfig(**artifact.config))
+    dvae = DiscreteVAE(artifact.config_as(DvaeConfig))
     artifact.fill(dvae)
     return dvae.to(device).eval().requires_grad_(False), artifact.fingerprint

@@ -1,5 +1,6 @@
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 
 from data_prep import encode as job
 from pipeline.config import DvaeConfig
-from pipeline.console import InputError, command
+from pipeline.console import InputError, OwnError, command
 from pipeline.data.images import augment_dalle, resize_area
 from pipeline.data.shards import ShardReader, ShardWriter, image_sha
 from pipeline.models.dvae import DiscreteVAE, load_dvae, save_dvae
@@ -215,7 +216,8 @@ def test_a_folder_of_other_tokens_is_refused(inputs, whole):
 def test_a_picture_that_is_too_small_is_named(inputs, tmp_path):
     write_pairs(tmp_path / "pairs", [picture(0), picture(1)[: SIZE - 1]])
     (tmp_path / "dvae").symlink_to(inputs / "dvae")
-    with pytest.raises(InputError, match=r"picture 'p1': .*smaller than the 16x16"):
+    # an OwnError: whichever rank reads it has to say it
+    with pytest.raises(OwnError, match=r"picture 'p1': .*smaller than the 16x16"):
         encode(tmp_path, tmp_path / "out")
     assert files(tmp_path / "out") == {}
 
@@ -280,3 +282,10 @@ def test_gpu_gives_the_codes_of_the_cpu(inputs, whole, tmp_path):
     tokens = [ShardReader(folder).image_tokens(np.arange(N)) for folder in (whole, tmp_path / "a")]
     # near ties may fall the other way
     assert (tokens[0] != tokens[1]).mean() < 0.05
+
+
+def test_a_sidecar_that_describes_no_shard_is_a_sentence(inputs, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "tokens")
+    (tmp_path / "tokens" / "shard-00000.json").write_text('{"schema_version": 1}')
+    with pytest.raises(InputError, match=r"shard-00000\.json describes no shard: delete it"):
+        encode(inputs, tmp_path / "tokens")

@@ -1,3 +1,4 @@
+import errno
 import logging
 import os
 import subprocess
@@ -39,6 +40,28 @@ def test_the_keyboard_ends_a_command_with_130(capsys):
 def test_a_bug_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         command(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("act", [lambda p: p.mkdir(), lambda p: (p / "x").write_text("")])
+def test_a_path_that_cannot_be_used_is_a_sentence(tmp_path, capsys, act):
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(SystemExit) as ended:
+        command(lambda: act(path))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {path}")
+    assert said.endswith("; name a path that can be used\n")
+
+
+def test_a_full_disk_is_a_sentence_and_a_broken_connection_a_bug(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(raises(OSError(errno.ENOSPC, "No space left on device")))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said == "error: No space left on device; make room and start again\n"
+    with pytest.raises(ConnectionError):
+        command(raises(ConnectionError("peer is gone")))
 
 
 def as_rank(rank, error):

@@ -102,3 +102,38 @@ def test_what_is_missing_is_named(run: Path, tmp_path: Path) -> None:
         report.read_samples(tmp_path)
     with pytest.raises(InputError, match=r"metrics\.jsonl cannot be read .*was .* trained"):
         report.read_metrics(tmp_path)
+
+
+def test_captions_with_other_line_ends_are_read(run: Path, tmp_path: Path) -> None:
+    save_png(tmp_path / "0.png", picture(CAPTION))
+    row = {"file": "0.png", "caption": "one\u2028two\x85three"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert [row["caption"] for row in report.read_samples(tmp_path)] == ["one\u2028two\x85three"]
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("", "is empty; run pipeline.sample to its end"),
+        ('{"file": "0.pn', "describes no picture: Unterminated string"),
+        ("{}", "describes no picture: 'file'"),
+        ("[3]", "describes no picture: list indices"),
+        ('{"file": "gone.png"}', r"cannot be read .*gone\.png"),
+        ('{"file": "samples.jsonl"}', "cannot be read .*cannot identify image"),
+    ],
+)
+def test_damaged_samples_are_a_sentence(tmp_path: Path, line: str, sentence: str) -> None:
+    (tmp_path / "samples.jsonl").write_text(line)
+    with pytest.raises(InputError, match=sentence):
+        report.read_samples(tmp_path)
+
+
+def test_seconds_are_added_up_or_refused_in_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "seconds.txt"
+    with pytest.raises(InputError, match=r"--seconds .* cannot be read"):
+        report.read_seconds(path)
+    path.write_text("encode 3\ntrain 2\nencode 4\n")
+    assert report.read_seconds(path) == {"encode": 7.0, "train": 2.0}
+    path.write_text("encode three\n")
+    with pytest.raises(InputError, match=r"--seconds .*three.*a line is a stage and its seconds"):
+        report.read_seconds(path)

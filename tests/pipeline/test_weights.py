@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -122,3 +123,23 @@ def test_saving_again_replaces_the_model(folder):
 def test_tensors_need_not_be_contiguous(tmp_path):
     save_weights(tmp_path, "dvae", {}, {"weight": TENSORS["weight"].t()}, {})
     assert torch.equal(load_weights(tmp_path, "dvae").tensors["weight"], TENSORS["weight"].t())
+
+
+@dataclasses.dataclass
+class Small:
+    n_in: int
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"n_in": 3, "n_out": 2}, "unexpected keyword argument 'n_out'; copy or export"),
+        ({}, "missing 1 required"),
+        (None, "must be a mapping"),
+    ],
+)
+def test_a_config_of_other_fields_is_a_sentence(folder, config, sentence):
+    assert load_weights(folder, "dvae").config_as(Small) == Small(3)
+    describe(folder, config=config)
+    with pytest.raises(InputError, match=f"model.json has a config .* cannot read: .*{sentence}"):
+        load_weights(folder, "dvae").config_as(Small)
