@@ -76,11 +76,16 @@ def clean_caption(data: bytes) -> tuple[str, tuple[str, ...]]:
         raise Reject("caption not UTF-8", f"byte {error.start}: {error.reason}") from error
     kept = [c for c in text if c.isspace() or unicodedata.category(c) != "Cc"]
     caption = " ".join("".join(kept).split())
-    if not caption:
-        raise Reject("caption blank", "nothing but white space and control characters")
+    if not any(_is_read(c) for c in caption):
+        raise Reject("caption blank", "nothing but white space, control and invisible characters")
     if len(caption) > CAPTION_LIMIT:
         raise Reject("caption too long", f"{len(caption)} characters, the limit is {CAPTION_LIMIT}")
     return caption, ("control characters stripped",) if len(kept) < len(text) else ()
+
+
+def _is_read(char: str) -> bool:
+    """Whether the tokenizer may keep a character: not spaces, joiners and marks for the unknown."""
+    return not char.isspace() and unicodedata.category(char) != "Cf" and char not in "\u2581\ufffd"
 
 
 def check_picture(data: bytes, image_size: int, upscale: bool) -> Picture:
@@ -220,7 +225,8 @@ def _same_set(out: Path, made_of: dict[str, Any]) -> dict[str, Any]:
     log.info("%s holds this set already (same files by name and size); nothing to do", out)
     try:
         summary: dict[str, Any] = json.loads((out / "rejects.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        table(summary)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{out}/rejects.json: {error}; delete {out} and ingest again") from error
     return summary
 

@@ -363,6 +363,9 @@ def test_captions_are_one_line_without_control_characters(data, caption, notes):
         (b"", "caption empty"),
         (b"\xef\xbb\xbf", "caption blank"),
         (b"\x00\x01", "caption blank"),
+        # the tokenizer reads none of these: a silent sample without a caption
+        ("\u200b \ufeff\u200e\u061c".encode(), "caption blank"),
+        ("\u2581\ufffd".encode(), "caption blank"),
         (b"\xff\xfea\x00", "caption not UTF-8"),
         (b"x" * 10_001, "caption too long"),
     ],
@@ -406,3 +409,12 @@ def test_the_command_takes_its_size_from_a_preset_and_fails_in_a_sentence(tmp_pa
         assert done.returncode == 2
         assert done.stderr.splitlines()[-1].startswith("error: ")
         assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_ledger_of_a_finished_set_is_a_sentence(tmp_path):
+    small_set(tmp_path / "in")
+    ingest([tmp_path / "in"], tmp_path / "out", 8, False)
+    for content in ("[]", "{}", '{"rows_in": 1', '{"rows_in": 1, "rows_out": 1, "rejects": 3}'):
+        (tmp_path / "out" / "rejects.json").write_text(content)
+        with pytest.raises(InputError, match=r"rejects\.json: .*; delete .* and ingest again"):
+            ingest([tmp_path / "in"], tmp_path / "out", 8, False)
