@@ -251,6 +251,17 @@ class ShardReader:
 
 
 def split_indices(reader: ShardReader, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of the training and of the validation side, int64, by ``split_of``."""
+    """Row numbers of the training and of the validation side, int64, by ``split_of``.
+
+    Raises:
+        InputError: one side has no rows, or val_fraction is not in [0, 1].
+    """
     is_val = np.array([split_of(key, val_fraction) == "val" for key in reader.all_keys()], bool)
+    n_val = int(is_val.sum())
+    if n_val in (0, len(is_val)):
+        raise InputError(
+            f"{reader.folder}: of {len(is_val)} rows, {len(is_val) - n_val} are to train on and "
+            f"{n_val} to validate with, at val_fraction {val_fraction}, and both need one: "
+            "add data or change val_fraction in the preset"
+        )
     return np.flatnonzero(~is_val), np.flatnonzero(is_val)

@@ -26,6 +26,7 @@ KNOWN = (
     "wall_clock_breakdown",
     "comms_logger",
 )
+DTYPES = (None, "fp32", "bf16", "fp16")
 KNOWN_INSIDE = {
     "bf16": ("enabled",),
     "data_types": ("grad_accum_dtype",),
@@ -126,6 +127,20 @@ def _check_values(ds: dict[str, Any]) -> None:
         value = ds.get(key, "auto")
         if value != "auto" and not (type(value) is int and value >= 1):
             raise InputError(f'{key} is {value!r}; write a whole number from 1 on, or "auto"')
+    steps = ds.get("steps_per_print", 1)
+    if steps != "auto" and not (type(steps) is int and steps >= 1):
+        raise InputError(f"steps_per_print is {steps!r}; write a whole number from 1 on")
+    if not isinstance(value := ds.get("wall_clock_breakdown", False), bool):
+        raise InputError(f"wall_clock_breakdown is {value!r}; write true or false")
+    if not isinstance(value := ds.get("comms_logger", {}), dict):
+        raise InputError(f"comms_logger is {value!r}; it must be an object")
+    accumulated = ds.get("data_types", {}).get("grad_accum_dtype")
+    for key, value in (
+        ("data_types.grad_accum_dtype", accumulated),
+        ("communication_data_type", ds.get("communication_data_type")),
+    ):
+        if value not in DTYPES:
+            raise InputError(f"{key} is {value!r}; write fp32, bf16 or fp16")
     for key in ("bf16", "activation_checkpointing"):
         enabled = ds.get(key, {}).get("enabled", False)
         if not isinstance(enabled, bool):
@@ -161,7 +176,9 @@ def _micro_batches(ds: dict[str, Any], batch: int, world: int) -> tuple[int, int
 
 def uses_activation_checkpointing(ds: dict[str, Any]) -> bool:
     """Whether blocks are computed again in the backward pass."""
-    return bool(ds.get("activation_checkpointing", {}).get("enabled", False))
+    section = ds.get("activation_checkpointing", {})
+    # what else it may hold is refused by ``resolve``
+    return isinstance(section, dict) and section.get("enabled", False) is True
 
 
 def compute_dtype_name(ds: dict[str, Any]) -> str:

@@ -1,11 +1,12 @@
 """The training loop. A stage brings its model, its batches and its loss; the rest is here, once."""
 
+import fcntl
 import itertools
 import math
 import resource
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -77,12 +78,19 @@ def train(stage: Stage[Any], engine: Engine, out: Path) -> None:
     """Train to the preset's last update, from the newest checkpoint under ``out`` if there is one.
 
     Raises:
-        InputError: a checkpoint of another run, or a loss that is no longer finite.
+        InputError: a checkpoint of another run, another run at work in ``out``, or a loss that
+            is no longer finite.
     """
+    with ExitStack() as held:
+        if engine.rank == 0:
+            _make(out)
+            held.enter_context(_alone_in(out))
+        _train(stage, engine, out)
+
+
+def _train(stage: Stage[Any], engine: Engine, out: Path) -> None:
     run = stage.run
     identity = {"preset": as_dict(run), **stage.identity()}
-    if engine.rank == 0:
-        _make(out)
     checkpoint.resume(engine, out, identity)
     stage.prepare(engine)
     if engine.updates >= run.steps:
@@ -119,6 +127,22 @@ def _make(out: Path) -> None:
         raise InputError(
             f"--out {out} cannot be made a folder ({error.strerror}): name another"
         ) from error
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Hold ``out`` for this process; the system lets go of it however the process ends."""
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"--out {out} belongs to a run that is still at work: wait for it, end it, or "
+                "name another folder"
+            ) from error
+        except OSError:
+            log.warning("%s is on a file system without locks: start one run in it only", out)
+        yield
 
 
 def _next(engine: Engine, stream: Iterator[list[Any]]) -> list[Any]:

@@ -223,9 +223,10 @@ def test_an_out_that_is_a_file_is_refused(tiny, tmp_path, monkeypatch):
 
 
 def test_a_split_that_leaves_nothing_to_validate_is_refused(tiny, tmp_path):
-    run = dataclasses.replace(runs.dalle(), val_fraction=0.0)
-    with pytest.raises(InputError, match=r"no samples: .* add data or change val_fraction"):
-        train(DalleStage(run, str(tiny.tokens), str(tiny.tokenizer)), tmp_path)
+    for fraction, counts in ((0.0, "64 are to train on and 0"), (1.0, "0 are to train on and 64")):
+        run = dataclasses.replace(runs.dalle(), val_fraction=fraction)
+        with pytest.raises(InputError, match=rf"of 64 rows, {counts} .* change val_fraction"):
+            DalleStage(run, str(tiny.tokens), str(tiny.tokenizer))
 
 
 def damaged_dvae(tiny, tmp_path):

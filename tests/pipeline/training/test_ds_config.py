@@ -67,6 +67,11 @@ MICRO, ACCUMULATION = "train_micro_batch_size_per_gpu", "gradient_accumulation_s
         ({ACCUMULATION: -1}, "gradient_accumulation_steps is -1"),
         ({ACCUMULATION: True}, "gradient_accumulation_steps is True"),
         ({"bf16": {"enabled": "auto"}}, "bf16.enabled is 'auto'; write true or false"),
+        ({"steps_per_print": "often"}, "steps_per_print is 'often'; write a whole number"),
+        ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown is 'yes'; write true or false"),
+        ({"comms_logger": 3}, "comms_logger is 3; it must be an object"),
+        ({"data_types": {"grad_accum_dtype": "f"}}, "data_types.grad_accum_dtype is 'f'; write"),
+        ({"communication_data_type": "f"}, "communication_data_type is 'f'; write fp32, bf16"),
         ({"steps_per_print": "auto"}, '"auto" is not understood for steps_per_print'),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
          '"auto" is not understood for zero_optimization.reduce_bucket_size'),
@@ -101,6 +106,8 @@ def test_a_file_that_is_no_ds_config_is_refused(tmp_path, content, sentence):
 def test_our_own_switches_are_read_and_not_given_to_deepspeed():
     ds = {"zero_optimization": ZERO, "activation_checkpointing": {"enabled": True}}
     assert ds_config.uses_activation_checkpointing(ds)
+    # refused later, by ``resolve``
+    assert not ds_config.uses_activation_checkpointing({"activation_checkpointing": []})
     assert not ds_config.uses_activation_checkpointing({"zero_optimization": ZERO})
     assert "activation_checkpointing" not in resolve(ds)
     assert ds_config.compute_dtype_name(ds) == "float32"

@@ -254,3 +254,13 @@ def test_other_tokens_do_not_continue_a_run(tiny, tmp_path, never_stopped):
 def test_checkpoints_of_a_run_are_its_newest_two(never_stopped):
     folders = checkpoint._complete(never_stopped)
     assert [folder.name for folder in folders] == ["step-0000015", "step-0000020"]
+
+
+def test_two_runs_do_not_share_a_folder(tiny, tmp_path):
+    with (
+        loop._alone_in(tmp_path),
+        pytest.raises(InputError, match="belongs to a run that is still at work: wait for it"),
+    ):
+        train(stage_of(tiny), tmp_path)
+    with loop._alone_in(tmp_path):
+        pass
