@@ -154,8 +154,8 @@ def dalle_own() -> DalleRun:
     return DalleRun(
         model=DalleConfig(
             n_layer=4,
-            d_model=256,
-            n_head=4,
+            d_model=192,
+            n_head=3,
             n_text=48,
             n_text_vocab=2048,
             grid=8,
@@ -166,9 +166,9 @@ def dalle_own() -> DalleRun:
             betas=(0.9, 0.96), weight_decay=4.5e-2, gradient_clipping=4.0, ema_decay=0.99
         ),
         batch=32,
-        steps=1_200,
-        warmup=100,
-        lr=Ramp(1e-3, 1e-4, 1_200),
+        steps=800,
+        warmup=50,
+        lr=Ramp(2e-3, 2e-4, 800),
         val_fraction=0.05,
         val_images=128,
         val_every=200,
