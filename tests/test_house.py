@@ -15,7 +15,13 @@ ALLOWED = {
     "data_prep": {"data_prep", "pipeline"},
 }
 # inside pipeline, from the ground up; entry points stand on all of them
-FLOORS = ["console files", "config", "presets weights", "data models", "training generation evaluation"]
+FLOORS = [
+    "console files",
+    "config",
+    "presets weights",
+    "data models",
+    "training generation evaluation",
+]
 
 
 def imported(source: str) -> set[str]:
