@@ -41,15 +41,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The events of a run's metrics.jsonl.
 
     Raises:
-        InputError: no such file, or a line that is no JSON.
+        InputError: no such file, or a line that is no event.
     """
     path = run / "metrics.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        events = [json.loads(line) for line in path.read_text().splitlines()]
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); was {run} trained?") from error
     except ValueError as error:
         raise InputError(f"{path} has a line that is no JSON: {error}") from error
+    for i, event in enumerate(events):
+        if not isinstance(event, dict) or not {"kind", "step"} <= set(event):
+            raise InputError(f"{path}: line {i + 1} is no event of a run; delete the line")
+    return events
 
 
 def last(events: list[dict[str, Any]], kind: str) -> dict[str, float]:

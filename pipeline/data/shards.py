@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,8 @@ class ShardReader:
         values: list[Any] = [None] * len(indices)
         for batch, places, rows in self._groups(indices):
             for place, value in zip(places, batch.column(name).take(pa.array(rows)), strict=True):
-                values[place] = value.as_py()
+                with self._undamaged():
+                    values[place] = value.as_py()
         return values
 
     def captions(self, indices: np.ndarray) -> list[str]:
@@ -247,7 +249,20 @@ class ShardReader:
         """Every key of the set, in order, without the other columns in memory."""
         for k in range(len(self._shards)):
             for batch in self._shard(k).batches:
-                yield from batch.column("key").to_pylist()
+                with self._undamaged():
+                    keys = batch.column("key").to_pylist()
+                yield from keys
+
+    @contextmanager
+    def _undamaged(self) -> Iterator[None]:
+        """Text that is not UTF-8 was not written so."""
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{self.folder} holds text that is damaged ({error.reason}): data_prep.verify "
+                "finds the shard; copy it again or prepare the set again"
+            ) from error
 
 
 def split_indices(reader: ShardReader, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:

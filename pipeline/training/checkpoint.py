@@ -30,6 +30,7 @@ log = logger("train")
 
 SCHEMA_VERSION = 1
 KEEP = 2  # the newest; one more than needed, should a disk lose one
+META = {"schema_version", "updates", "applied", "world", "files", "identity"}
 NAME = re.compile(r"step-\d{7}")
 
 
@@ -89,9 +90,12 @@ def _complete(out: Path) -> list[Path]:
         if not NAME.fullmatch(folder.name):
             continue
         try:
-            files = json.loads((folder / "meta.json").read_text())["files"]
+            meta = json.loads((folder / "meta.json").read_text())
+            if missing := META - set(meta):
+                raise KeyError(f"meta.json lacks {', '.join(sorted(missing))}")
+            files = meta["files"]
             sizes = {name: (folder / name).stat().st_size for name in files}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is no complete checkpoint (%s): passed over", folder, error)
             continue
         if sizes != files:

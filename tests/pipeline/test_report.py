@@ -137,3 +137,10 @@ def test_seconds_are_added_up_or_refused_in_a_sentence(tmp_path: Path) -> None:
     path.write_text("encode three\n")
     with pytest.raises(InputError, match=r"--seconds .*three.*a line is a stage and its seconds"):
         report.read_seconds(path)
+
+
+@pytest.mark.parametrize("line", ["[3]", "7", '{"kind": "val"}', '{"step": 3}'])
+def test_a_line_that_is_no_event_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n' + line + "\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl: line 2 is no event"):
+        report.read_metrics(tmp_path)

@@ -329,3 +329,18 @@ def test_a_reader_keeps_no_file_open(tmp_path):
     tokens = reader.image_tokens(np.arange(100))
     assert len(os.listdir("/proc/self/fd")) == before
     np.testing.assert_array_equal(tokens, reader.image_tokens(np.arange(100)))
+
+
+def test_damaged_text_is_a_sentence(tmp_path):
+    made_of = {"source": "test"}
+    row = {"key": "kkkkkkkk", "caption": "cccccccc", "image": b"i", "width": 1, "height": 1}
+    with ShardWriter(tmp_path, "pairs", made_of) as writer:
+        writer.add(row | {"image_sha": image_sha(b"i")})
+    path = tmp_path / "shard-00000.arrow"
+    path.write_bytes(
+        path.read_bytes().replace(b"k" * 8, b"\xff" * 8).replace(b"c" * 8, b"\xff" * 8)
+    )
+    reader = ShardReader(tmp_path)
+    for read in (lambda: list(reader.all_keys()), lambda: reader.captions(np.array([0]))):
+        with pytest.raises(InputError, match=r"damaged .*data_prep\.verify finds the shard"):
+            read()

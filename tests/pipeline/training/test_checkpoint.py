@@ -214,3 +214,11 @@ def test_before_the_first_applied_update_there_are_weights_alone(tmp_path):
     assert checkpoint.resume(engine, tmp_path, IDENTITY)
     assert torch.equal(got[0], torch.ones(3))
     assert got[1:] == [1, 0]
+
+
+@pytest.mark.parametrize("meta", ["[]", "3", '{"files": {}}', '{"files": 3}', "{"])
+def test_a_damaged_description_is_no_checkpoint(tmp_path, meta):
+    folder = tmp_path / "checkpoints" / "step-0000004"
+    folder.mkdir(parents=True)
+    (folder / "meta.json").write_text(meta)
+    assert checkpoint._complete(tmp_path) == []
