@@ -24,6 +24,7 @@ from rich.progress import (
 
 T = TypeVar("T")
 
+SECONDS_TO_SPEAK = 3.0  # that the other ranks leave to the first one
 SECONDS_BETWEEN_LINES = 15.0  # of progress, where the output is a file and no terminal
 
 
@@ -123,6 +124,9 @@ def command(main: Callable[[], None]) -> None:
     except InputError as error:
         if is_first_rank() or isinstance(error, OwnError):
             sys.stderr.write(f"error: {error}\n")
+        else:
+            # the launcher ends all ranks with the first that leaves: let the one that speaks be it
+            time.sleep(SECONDS_TO_SPEAK)
         _end(2)
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -88,6 +88,19 @@ def test_what_all_ranks_know_the_first_one_says():
     assert as_rank(1, "InputError('batch is 3')") == (2, [])
 
 
+def test_ranks_that_say_nothing_let_the_first_one_speak(monkeypatch):
+    slept, ended = [], []
+    monkeypatch.setattr(console.time, "sleep", slept.append)
+    monkeypatch.setattr(console, "_end", ended.append)
+    for rank, error in ((0, InputError("x")), (1, OwnError("x"))):
+        monkeypatch.setenv("RANK", str(rank))
+        command(raises(error))
+    assert slept == []
+    command(raises(InputError("x")))
+    assert slept == [console.SECONDS_TO_SPEAK]
+    assert ended == [2, 2, 2]
+
+
 def test_what_one_rank_alone_knows_it_says_itself():
     assert as_rank(1, "OwnError('row 7 is damaged')") == (2, ["error: row 7 is damaged"])
 
