@@ -33,6 +33,8 @@ from pipeline.models.dvae import DiscreteVAE, load_dvae
 
 log = logger("encode")
 
+MAX_BATCH = 4096  # 3 GB of 256-pixel pictures as float32
+
 
 def crop_rng(seed: int, key: str, crop: int) -> np.random.Generator:
     """The randomness of one crop of one picture, whatever shard, rank or order it comes in."""
@@ -213,8 +215,8 @@ def main() -> None:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     parser.add_argument("--local_rank", "--local-rank", type=int, default=local)
     args = parser.parse_args()
-    if args.batch < 1:
-        raise InputError(f"--batch {args.batch}: at least 1 picture at once")
+    if not 1 <= args.batch <= MAX_BATCH:
+        raise InputError(f"--batch {args.batch}: take 1 to {MAX_BATCH} pictures at once")
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
     device = _device(args.local_rank)
     pairs = ShardReader(args.data, kind="pairs")

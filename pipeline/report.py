@@ -316,6 +316,8 @@ def main() -> None:
         name, sign, folder = item.partition("=")
         if not sign or not name or not folder:
             raise InputError(f"--samples takes NAME=DIR, not {item!r}")
+        if name in samples or name in (RENDERS, RECONSTRUCTIONS):
+            raise InputError(f"--samples names {name!r} twice or as the page does: take another")
         samples[name] = Path(folder)
     seconds = read_seconds(args.seconds) if args.seconds else {}
     story = read_story(args.dvae, args.dalle, args.pairs, samples, seconds)

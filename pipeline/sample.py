@@ -25,6 +25,7 @@ from pipeline.console import Bar, InputError, command, logger
 from pipeline.data.pictures import save_png, tile, to_uint8
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.generation.sampling import (
+    MAX_WIDTH,
     WIDTH,
     check_settings,
     generate,
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     """Draw pictures from the command line."""
     args = parse(argv)
     require(args.count >= 1, f"--count is {args.count}; take at least 1")
-    require(args.width >= 1, f"--width is {args.width}; take at least 1")
+    require(1 <= args.width <= MAX_WIDTH, f"--width is {args.width}; take 1 to {MAX_WIDTH}")
     require(0 <= args.seed < 2**62, f"--seed is {args.seed}; take 0 to 2^62")
     captions = read_captions(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,6 +20,7 @@ from pipeline.models.dalle import NO_TOKEN, Attention, Block, Dalle, Dense
 from pipeline.models.dvae import DiscreteVAE
 
 WIDTH = 16  # images that are decoded side by side, unless the caller says otherwise
+MAX_WIDTH = 4096
 WHOLE = 2**40  # probabilities are counted in units of 1 / WHOLE, see ``token_weights``
 
 
@@ -246,7 +247,10 @@ def check_settings(
 
 def _check_request(model: Dalle, text_BT: Tensor, seeds: Sequence[int], width: int) -> None:
     n_text, n_vocab = model.config.n_text, model.config.n_text_vocab
-    require(width >= 1, f"width is {width}; take at least 1")
+    require(
+        1 <= width <= MAX_WIDTH,
+        f"width is {width}; take 1 to {MAX_WIDTH}, and more images come in waves",
+    )
     require(len(seeds) >= 1, "no image was asked for; give at least one caption and seed")
     require(
         tuple(text_BT.shape) == (len(seeds), n_text),

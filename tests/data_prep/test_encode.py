@@ -249,6 +249,7 @@ def test_mistakes_end_in_one_sentence_and_exit_code_2(inputs, whole, monkeypatch
         ({"--dvae": inputs / "nowhere"}, "nowhere"),
         ({"--data": whole}, "is a set of tokens, a set of pairs is needed"),
         ({"--batch": 0}, "--batch 0"),
+        ({"--batch": 2_000_000}, "take 1 to 4096"),
     ]:
         options = {"--data": inputs / "pairs", "--dvae": inputs / "dvae", "--out": whole} | changes
         arguments = [str(word) for pair in options.items() for word in pair]

@@ -144,3 +144,15 @@ def test_a_line_that_is_no_event_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n' + line + "\n")
     with pytest.raises(InputError, match=r"metrics\.jsonl: line 2 is no event"):
         report.read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "samples", [["one=a", "one=b"], ["true renders=a"], ["no sign"], ["=a"], ["one="]]
+)
+def test_sets_of_samples_have_names_of_their_own(
+    samples: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["report", "--dvae", "d", "--dalle", "d", "--pairs", "p", "--out", "o", "--samples"]
+    monkeypatch.setattr("sys.argv", words + samples)
+    with pytest.raises(InputError, match="--samples"):
+        report.main()

@@ -107,6 +107,7 @@ def test_a_caption_too_long_is_cut_and_said(trained, tmp_path, monkeypatch):
         (["--caption", " \t"], "the caption is empty"),
         (["--caption", "\u200b"], "nothing to read in it"),
         (["--caption", "x", "--width", "0"], "--width is 0"),
+        (["--caption", "x", "--width", "100000000"], "take 1 to 4096"),
         (["--caption", "x", "--seed", "-1"], "--seed is -1"),
         (["--caption", "x", "--temperature", "nan"], "temperature is nan"),
         (["--caption", "x", "--top_k", "99"], "top_k is 99; take 1 to 24"),

@@ -160,6 +160,7 @@ def test_pick_inverts_the_running_sum():
         ({"top_p": 0.0}, "top_p is 0.0; take more than 0"),
         ({"top_p": 1.5}, "at most 1"),
         ({"width": 0}, "width is 0"),
+        ({"width": 10**8}, "take 1 to 4096"),
     ],
     ids=str,
 )
