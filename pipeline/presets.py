@@ -62,21 +62,10 @@ def dvae_demo() -> DvaeRun:
 
 def dvae_own() -> DvaeRun:
     """64-pixel pictures of any kind into 8x8 codes out of 512: ``./demo.sh DATA``."""
-    return DvaeRun(
+    return dataclasses.replace(
+        dvae_demo(),
         model=DvaeConfig(image_size=64, n_vocab=512, n_hid=16, n_init=64, n_blk_per_group=1),
-        optimizer=Optimizer(
-            betas=(0.9, 0.99), weight_decay=1e-4, gradient_clipping=1.0, ema_decay=0.99
-        ),
-        batch=16,
-        steps=4_000,
         lr=Ramp(3e-3, 2e-4, 4_000),
-        beta=Ramp(12.0, 4.0, 2_000),
-        tau=Ramp(1.0, 1 / 16, 1_200),
-        pixel_noise=8 / 255,
-        val_fraction=0.05,
-        val_images=128,
-        val_every=500,
-        save_every=500,
     )
 
 
@@ -151,7 +140,8 @@ def dalle_demo() -> DalleRun:
 
 def dalle_own() -> DalleRun:
     """Four wider layers for the codes of ``dvae_own``: ``./demo.sh DATA``."""
-    return DalleRun(
+    return dataclasses.replace(
+        dalle_demo(),
         model=DalleConfig(
             n_layer=4,
             d_model=192,
@@ -162,14 +152,9 @@ def dalle_own() -> DalleRun:
             n_image_vocab=512,
             conv_kernel=5,
         ),
-        optimizer=Optimizer(
-            betas=(0.9, 0.96), weight_decay=4.5e-2, gradient_clipping=4.0, ema_decay=0.99
-        ),
-        batch=32,
         steps=800,
         warmup=50,
         lr=Ramp(2e-3, 2e-4, 800),
-        val_fraction=0.05,
         val_images=128,
         val_every=200,
         save_every=200,
