@@ -109,11 +109,17 @@ class DalleStage(loop.Stage[Batch]):
     def loss(
         self, engine: Engine, batch: Batch, totals: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Shares of 1/8 text + 7/8 image, each a mean over its tokens of the whole batch (2.2)."""
+        """Shares of 1/8 text + 7/8 image, each a mean over its tokens of the whole batch (2.2).
+
+        ``captions_cut`` is the share of captions that were longer than the text.
+        """
         text_nll, image_nll = self._nll(engine, batch)
         text, image = text_nll / totals[0], image_nll / totals[1]
         weight = self.run.text_weight
-        return weight * text + (1 - weight) * image, {"text": text, "image": image}
+        n_samples = totals[1] / self.run.model.n_image
+        cut = batch.is_cut.sum().to(engine.device) / n_samples
+        figures = {"text": text, "image": image, "captions_cut": cut}
+        return weight * text + (1 - weight) * image, figures
 
     @staticmethod
     def _nll(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:

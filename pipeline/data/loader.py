@@ -42,18 +42,20 @@ class Batch:
     """Samples of one rank.
 
     ``text_tokens`` int64 [B, n_text], -1 where the caption has ended; ``image_tokens`` int64
-    [B, n_image] in raster order; ``ids`` rows of the shard set, int64 [B]; ``n_cut`` captions that
-    were longer than the text.
+    [B, n_image] in raster order; ``ids`` rows of the shard set, int64 [B]; ``is_cut`` bool
+    [B], captions that were longer than the text.
     """
 
     text_tokens: Tensor
     image_tokens: Tensor
     ids: np.ndarray
-    n_cut: int
+    is_cut: Tensor
 
     def __getitem__(self, part: slice) -> "Batch":
         """Some of the samples."""
-        return Batch(self.text_tokens[part], self.image_tokens[part], self.ids[part], self.n_cut)
+        return Batch(
+            self.text_tokens[part], self.image_tokens[part], self.ids[part], self.is_cut[part]
+        )
 
 
 class _Positions:
@@ -147,17 +149,16 @@ class TokenLoader:
                 f"0..{n_vocab - 1}: data_prep.verify finds the damaged shard"
             )
         text_tokens = np.empty((len(ids), self.n_text), np.int64)
-        n_cut = 0
+        is_cut = np.empty(len(ids), np.bool_)
         for i, caption in enumerate(self.reader.captions(ids)):
-            text_tokens[i], is_cut = self.tokenizer.pad(
+            text_tokens[i], is_cut[i] = self.tokenizer.pad(
                 self._encode(caption, int(epochs[i]), int(ids[i])), self.n_text
             )
-            n_cut += is_cut
         return Batch(
             torch.from_numpy(text_tokens),
             torch.from_numpy(image_tokens.astype(np.int64)),
             ids,
-            n_cut,
+            torch.from_numpy(is_cut),
         )
 
     def _encode(self, caption: str, epoch: int, sample: int) -> list[int]:

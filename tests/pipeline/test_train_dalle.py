@@ -128,6 +128,21 @@ def test_the_loss_is_what_brute_force_says(uneven):
     assert whole == pytest.approx(brute_force(stage, engine), rel=1e-6)
 
 
+@pytest.mark.parametrize("micro", [8, 3])
+def test_captions_that_are_cut_are_counted_once(uneven, micro):
+    stage, engine = uneven
+    engine.micro_batch = micro
+    stage.prepare(engine)
+    batches = stage.micro_batches(8)
+    # one sample, in the first part
+    for batch in batches:
+        batch.is_cut[:] = False
+    batches[0].is_cut[-1] = True
+    totals = sum(stage.counts(batch) for batch in batches)
+    cut = sum(stage.loss(engine, batch, totals, 0)[1]["captions_cut"] for batch in batches)
+    assert cut.item() == pytest.approx(1 / 8)
+
+
 def test_training_exports_the_averaged_weights_and_what_they_were_made_of(tiny, tmp_path):
     run = dataclasses.replace(runs.dalle(), steps=5)
     stage = DalleStage(run, str(tiny.tokens), str(tiny.tokenizer))

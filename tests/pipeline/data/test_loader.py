@@ -102,12 +102,14 @@ def test_text_is_the_caption_and_ends_in_pads(reader, tokenizer):
         assert tokenizer.decode(tokens) == caption_of(sample)
         seed = sample_seed(3, 0, int(sample))
         assert tokens[:length] == tokenizer.encode(caption_of(sample), dropout=0.1, seed=seed)
-    assert batch.n_cut == 0
+    assert not batch.is_cut.any()
 
 
 def test_long_captions_are_cut_and_counted(reader, tokenizer):
     batch = token_loader(reader, tokenizer, n_text=6, dropout=0.0).batch_at(0)
-    assert batch.n_cut == BATCH
+    assert batch.is_cut.tolist() == [True] * BATCH
+    # a part counts its own
+    assert len(batch[1:3].is_cut) == 2
     for sample, tokens in zip(batch.ids, batch.text_tokens.tolist(), strict=True):
         assert tokens == [*tokenizer.encode(caption_of(sample))[:5], -1]
 

@@ -54,7 +54,7 @@ def test_every_update_and_every_validation_has_its_line(never_stopped):
     assert [line["step"] for line in curve(never_stopped, "val")] == [5, 10, 15, 20]
     assert losses(never_stopped)[-1] < losses(never_stopped)[0] - 0.5
     assert set(curve(never_stopped)[0]) == {
-        "kind", "step", "loss", "text", "image", "lr", "gradient_norm",
+        "kind", "step", "loss", "text", "image", "captions_cut", "lr", "gradient_norm",
     }  # fmt: skip
 
 
