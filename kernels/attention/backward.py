@@ -176,8 +176,8 @@ def dq_kernel(
     p_o += (i_b * (T + I) * n_head + i_h) * D
     p_do += i_b * s_dob + i_h * s_doh
     p_dq += i_b * s_gb + i_h * s_gh
-    p_lse += i_z * (T + I)
-    p_delta += i_z * (T + I)
+    p_lse += i_z.to(tl.int64) * (T + I)
+    p_delta += i_z.to(tl.int64) * (T + I)
     if is_image:
         dq_tile(
             p_q, p_k, p_v, p_o, p_do, p_lse, p_delta, p_dq,
@@ -210,8 +210,8 @@ def dkdv_kernel(
     p_do += i_b * s_dob + i_h * s_doh
     p_dk += i_b * s_gb + i_h * s_gh
     p_dv += i_b * s_gb + i_h * s_gh
-    p_lse += i_z * (T + I)
-    p_delta += i_z * (T + I)
+    p_lse += i_z.to(tl.int64) * (T + I)
+    p_delta += i_z.to(tl.int64) * (T + I)
     if is_image:
         dkdv_tile(
             p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv,

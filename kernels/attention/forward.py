@@ -145,7 +145,7 @@ def forward_kernel(
     p_k += i_b * s_kb + i_h * s_kh
     p_v += i_b * s_vb + i_h * s_vh
     p_o += (i_b * (T + I) * n_head + i_h) * D
-    p_lse += i_z * (T + I)
+    p_lse += i_z.to(tl.int64) * (T + I)
     if is_image:
         attend_tile(
             p_q, p_k, p_v, p_o, p_lse, s_qn, s_kn, s_vn, n_head * D, scale, i_tile,

@@ -1,23 +1,32 @@
-"""The door to attention under a pattern: checks, and one choice of backend, said once.
+"""The doors to attention under a pattern: checks, and one choice of backend, said once.
 
-Axes: B batch, N token (text, then image), H head, D head width.
+Axes: B batch, N token (text, then image), H head, D head width; 3: q, k, v.
 """
 
 import logging
+import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from kernels.attention.block_sparse import (
+    block_sparse_attention,
+    packed_block_sparse_attention,
+    why_not_triton,
+)
 from kernels.attention.naive import naive_attention
 from kernels.attention.windowed import windowed_attention
 from kernels.patterns import Pattern
 
 logger = logging.getLogger("daikon.kernels")
 
-# fastest first: the first is the default
-BACKENDS = {"windowed": windowed_attention, "naive": naive_attention}
+BACKENDS = {
+    "triton": block_sparse_attention,
+    "windowed": windowed_attention,
+    "naive": naive_attention,
+}
 
 
 def sparse_attention(
@@ -35,25 +44,64 @@ def sparse_attention(
     appendix B.1 and figure 11. Differentiable once in q, k and v.
 
     Args:
-        q_BNHD: float16, bfloat16, float32 or float64, any strides: views of a packed
-            projection [B, N, 3, H, D] will do.
+        q_BNHD: float16, bfloat16, float32 or float64; D with stride 1, else any strides: views
+            of a packed projection will do, though ``packed_attention`` is faster for them.
         k_BNHD: of q's shape, dtype and device.
         v_BNHD: of q's shape, dtype and device.
         pattern: built for this N: text tokens, then the image grid in raster order.
-        scale: multiplies the scores; ``D ** -0.5`` when None.
-        backend: "windowed" (plain PyTorch, no N x N scores) or "naive" (the dense definition,
-            float32); the fastest when None.
+        scale: multiplies the scores, at least 0; ``D ** -0.5`` when None.
+        backend: "triton" (block-sparse kernels; float16, bfloat16 or float32, D 32, 64 or 128 on
+            an NVIDIA GPU), "windowed" (plain PyTorch, no N x N scores) or "naive" (the dense
+            definition, float32). When None: triton on a GPU where it can run, else windowed.
 
     Returns:
         o_BNHD, in the dtype of q.
 
     Raises:
-        ValueError: tensors that do not fit each other or the pattern, or an unknown backend.
+        ValueError: tensors that do not fit each other or the pattern, a backend that is unknown
+            or cannot run on them.
     """
     _check(q_BNHD, k_BNHD, v_BNHD, pattern)
-    name = _choose(backend)
-    scale = q_BNHD.shape[-1] ** -0.5 if scale is None else scale
+    scale = _scale(scale, q_BNHD)
+    attend = BACKENDS[_choose(backend, q_BNHD)]
     with _without_autocast(q_BNHD.device):
+        return attend(q_BNHD, k_BNHD, v_BNHD, pattern, scale)
+
+
+def packed_attention(
+    qkv_BN3HD: Tensor,
+    pattern: Pattern,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``sparse_attention`` of one packed projection: q, k, v along its third axis.
+
+    The kernels read it where it lies and write its gradient as one tensor.
+
+    Args:
+        qkv_BN3HD: what ``sparse_attention`` takes, in one tensor; D with stride 1.
+        pattern: as in ``sparse_attention``.
+        scale: as in ``sparse_attention``.
+        backend: as in ``sparse_attention``.
+
+    Returns:
+        o_BNHD, in the dtype of qkv.
+
+    Raises:
+        ValueError: as ``sparse_attention``, or a tensor that is not [B, N, 3, H, D].
+    """
+    if qkv_BN3HD.ndim != 5 or qkv_BN3HD.shape[2] != 3:
+        raise ValueError(
+            f"qkv has shape {tuple(qkv_BN3HD.shape)}; packed attention takes [B, N, 3, H, D]"
+        )
+    q_BNHD, k_BNHD, v_BNHD = qkv_BN3HD.unbind(2)
+    _check(q_BNHD, k_BNHD, v_BNHD, pattern)
+    scale = _scale(scale, q_BNHD)
+    name = _choose(backend, q_BNHD)
+    with _without_autocast(qkv_BN3HD.device):
+        if name == "triton":
+            return packed_block_sparse_attention(qkv_BN3HD, pattern, scale)
         return BACKENDS[name](q_BNHD, k_BNHD, v_BNHD, pattern, scale)
 
 
@@ -78,6 +126,12 @@ def _check(q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, pattern: Pattern) -> 
             )
     if not q_BNHD.dtype.is_floating_point or q_BNHD.dtype.itemsize < 2:
         raise ValueError(f"q is {q_BNHD.dtype}; use float16, bfloat16, float32 or float64")
+    for name, x_BNHD in (("q", q_BNHD), ("k", k_BNHD), ("v", v_BNHD)):
+        if x_BNHD.stride(-1) != 1 and x_BNHD.shape[-1] > 1:
+            raise ValueError(
+                f"the head width of {name} has stride {x_BNHD.stride(-1)}; it must be 1, "
+                f"call {name}.contiguous()"
+            )
     if q_BNHD.shape[1] != pattern.n_tokens:
         raise ValueError(
             f"q has N = {q_BNHD.shape[1]} tokens; the pattern is for {pattern.n_tokens} "
@@ -86,22 +140,58 @@ def _check(q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, pattern: Pattern) -> 
         )
 
 
-def _choose(backend: str | None) -> str:
-    if backend is None:
-        fastest = next(iter(BACKENDS))
-        _say_once(fastest, "none was asked for and it is the fastest")
-        return fastest
-    if backend not in BACKENDS:
+def _scale(scale: float | None, q_BNHD: Tensor) -> float:
+    if scale is None:
+        return q_BNHD.shape[-1] ** -0.5
+    # the largest score must stay the largest
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"scale is {scale}; it must be a finite number of at least 0")
+    return float(scale)
+
+
+def _choose(backend: str | None, q_BNHD: Tensor) -> str:
+    _, N, _, D = q_BNHD.shape
+    return _chosen(backend, q_BNHD.dtype, q_BNHD.device, D, N * q_BNHD.stride(1))
+
+
+# torch.compile calls this once, while it traces, and does not look inside
+@torch.compiler.assume_constant_result
+def _chosen(
+    backend: str | None, dtype: torch.dtype, device: torch.device, width: int, span: int
+) -> str:
+    return _choice(backend, dtype, device, width, span)
+
+
+@lru_cache(maxsize=128)
+def _choice(
+    backend: str | None, dtype: torch.dtype, device: torch.device, width: int, span: int
+) -> str:
+    if backend not in (*BACKENDS, None):
         raise ValueError(
             f"backend {backend!r} does not exist; choose one of {', '.join(BACKENDS)}, "
             "or None for the fastest"
         )
-    _say_once(backend, "the caller asked for it")
-    return backend
+    obstacle = why_not_triton(dtype, device, width, span)
+    if backend == "triton" and obstacle:
+        raise ValueError(
+            f"backend 'triton' was asked for, but {obstacle}; use 'windowed', or None for the "
+            "fastest that can run"
+        )
+    if backend is not None:
+        name, reason = backend, "the caller asked for it"
+    elif device.type == "cpu":
+        name, reason = "windowed", "the fastest on a CPU"
+    elif obstacle:
+        name, reason = "windowed", obstacle
+    else:
+        name, reason = "triton", "the fastest on this GPU"
+    _say_once(name, reason)
+    return name
 
 
 @lru_cache(maxsize=32)
 def _say_once(name: str, reason: str) -> None:
+    # two shapes may have one reason
     logger.info("attention backend %s: %s", name, reason)
 
 
