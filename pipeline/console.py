@@ -119,6 +119,8 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
 
 def command(main: Callable[[], None]) -> None:
     """Run an entry point: what is wrong with its input becomes a sentence and exit code 2."""
+    # which path attention takes is said down there
+    logger("kernels")
     try:
         main()
     except InputError as error:

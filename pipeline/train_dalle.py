@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.attention.op import choose_backend
 from pipeline import presets
 from pipeline.config import DalleRun
 from pipeline.console import InputError, command, logger
@@ -35,10 +36,17 @@ class DalleStage(loop.Stage[Batch]):
     name = "dalle"
 
     def __init__(
-        self, run: DalleRun, data: str, tokenizer: str, *, recompute_activations: bool = False
+        self,
+        run: DalleRun,
+        data: str,
+        tokenizer: str,
+        *,
+        recompute_activations: bool = False,
+        attention: str | None = None,
     ) -> None:
         self.run: DalleRun = run
         self.recompute_activations = recompute_activations
+        self.attention = attention
         self.reader = ShardReader(data, "tokens")
         self.tokenizer = Tokenizer(tokenizer)
         self._check()
@@ -79,6 +87,8 @@ class DalleStage(loop.Stage[Batch]):
         module = engine.module
         assert isinstance(module, Dalle)
         module.set_compute_dtype(engine.compute_dtype)
+        self._check_attention(engine)
+        module.set_attention_backend(self.attention)
         module.checkpoint_activations = self.recompute_activations
         run = self.run
         self._micro = engine.micro_batch
@@ -94,6 +104,15 @@ class DalleStage(loop.Stage[Batch]):
             self.reader, self.tokenizer, self.val_rows,
             batch=self._val_batch, seed=None, dropout=0.0, **share,
         )  # fmt: skip
+
+    def _check_attention(self, engine: Engine) -> None:
+        """A path that cannot run is known before the first batch, and in the log which one does."""
+        model = self.run.model
+        width, span = model.d_model // model.n_head, model.n_ctx * 3 * model.d_model
+        try:
+            choose_backend(self.attention, engine.compute_dtype, engine.device, width, span)
+        except ValueError as error:
+            raise InputError(f"--attention {self.attention}: {error}") from None
 
     def micro_batches(self, position: int) -> list[Batch]:
         """This rank's captioned pictures."""
@@ -178,6 +197,11 @@ def main() -> None:
     parser.add_argument("--dvae", help="refuse to start unless this dVAE made the tokens")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--deepspeed_config", help="JSON of ds_configs/; without: plain PyTorch")
+    parser.add_argument(
+        "--attention",
+        choices=["triton", "windowed", "naive"],
+        help="path of the attention patterns; without: the fastest that can run, said in the log",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
     args = parser.parse_args()
     run = presets.load(args.preset)
@@ -186,7 +210,13 @@ def main() -> None:
     recompute = args.deepspeed_config is not None and ds_config.uses_activation_checkpointing(
         ds_config.read(args.deepspeed_config)
     )
-    stage = DalleStage(run, args.data, args.tokenizer, recompute_activations=recompute)
+    stage = DalleStage(
+        run,
+        args.data,
+        args.tokenizer,
+        recompute_activations=recompute,
+        attention=args.attention,
+    )
     if args.dvae:
         check_dvae(stage.reader, args.dvae)
     engine = engines.make(stage.build, run, args.deepspeed_config)

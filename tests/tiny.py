@@ -55,6 +55,13 @@ def dvae() -> DvaeRun:
     )  # fmt: skip
 
 
+def dalle_short_with_one_head() -> DalleRun:
+    """A head of width 32, the least that the Triton kernels take; eight updates."""
+    run = dalle()
+    model = dataclasses.replace(run.model, n_head=1)
+    return dataclasses.replace(run, model=model, steps=8, val_every=8, save_every=8)
+
+
 def dalle_other_seed() -> DalleRun:
     """Another run."""
     return dataclasses.replace(dalle(), seed=1)

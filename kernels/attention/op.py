@@ -7,6 +7,7 @@ import logging
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,23 +150,25 @@ def _scale(scale: float | None, q_BNHD: Tensor) -> float:
     return float(scale)
 
 
-def _choose(backend: str | None, q_BNHD: Tensor) -> str:
-    _, N, _, D = q_BNHD.shape
-    return _chosen(backend, q_BNHD.dtype, q_BNHD.device, D, N * q_BNHD.stride(1))
-
-
-# torch.compile calls this once, while it traces, and does not look inside
-@torch.compiler.assume_constant_result
-def _chosen(
-    backend: str | None, dtype: torch.dtype, device: torch.device, width: int, span: int
-) -> str:
-    return _choice(backend, dtype, device, width, span)
-
-
 @lru_cache(maxsize=128)
-def _choice(
+def choose_backend(
     backend: str | None, dtype: torch.dtype, device: torch.device, width: int, span: int
 ) -> str:
+    """The path that attention over such tensors takes, and in the log why: once for each.
+
+    Args:
+        backend: that of ``sparse_attention``.
+        dtype: of q, k and v.
+        device: likewise.
+        width: of a head, D.
+        span: elements from the first token of a sample to past its last.
+
+    Returns:
+        A name of ``BACKENDS``.
+
+    Raises:
+        ValueError: the backend is unknown, or was asked for and cannot run.
+    """
     if backend not in (*BACKENDS, None):
         raise ValueError(
             f"backend {backend!r} does not exist; choose one of {', '.join(BACKENDS)}, "
@@ -187,6 +190,17 @@ def _choice(
         name, reason = "triton", "the fastest on this GPU"
     _say_once(name, reason)
     return name
+
+
+# torch.compile calls this once, while it traces, and does not look inside
+@torch.compiler.assume_constant_result
+def _chosen(*what: Any) -> str:
+    return choose_backend(*what)
+
+
+def _choose(backend: str | None, q_BNHD: Tensor) -> str:
+    _, N, _, D = q_BNHD.shape
+    return _chosen(backend, q_BNHD.dtype, q_BNHD.device, D, N * q_BNHD.stride(1))
 
 
 @lru_cache(maxsize=32)

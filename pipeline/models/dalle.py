@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import Pattern, sparse_attention
+from kernels import Pattern, packed_attention
 from kernels.patterns import Kind
 from pipeline.config import DalleConfig, as_dict
 from pipeline.weights import load_weights, save_weights
@@ -138,19 +138,19 @@ class Attention(nn.Module):
     def __init__(self, config: DalleConfig, pattern: Pattern) -> None:
         super().__init__()
         self.n_head, self.pattern = config.n_head, pattern
+        self.backend: str | None = None
         self.qkv = Dense(config.d_model, 3 * config.d_model)
         self.out = Dense(config.d_model, config.d_model, gain=_residual_gain(config))
 
     def forward(self, x_BNC: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Attention of all positions, or with a ``cache`` of the next ones."""
-        packed = self.qkv(x_BNC)
-        q_BNHD, k_BNHD, v_BNHD = rearrange(
-            packed, "b n (three h d) -> three b n h d", three=3, h=self.n_head
-        ).unbind(0)
+        qkv_BN3HD = rearrange(
+            self.qkv(x_BNC), "b n (three h d) -> b n three h d", three=3, h=self.n_head
+        )
         if cache is None:
-            o_BNHD = sparse_attention(q_BNHD, k_BNHD, v_BNHD, self.pattern)
+            o_BNHD = packed_attention(qkv_BN3HD, self.pattern, backend=self.backend)
         else:
-            o_BNHD = cache.attend(q_BNHD, k_BNHD, v_BNHD)
+            o_BNHD = cache.attend(*qkv_BN3HD.unbind(2))
         out: Tensor = self.out(o_BNHD.flatten(2))
         return out
 
@@ -226,6 +226,12 @@ class Dalle(nn.Module):
         for module in self.modules():
             if isinstance(module, Dense):
                 module.compute_dtype = dtype
+
+    def set_attention_backend(self, backend: str | None) -> None:
+        """The path of ``kernels.packed_attention``; None for the fastest that can run."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
 
     def forward(self, text_BT: Tensor, image_BI: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of every token from those before it.

@@ -117,6 +117,22 @@ def test_accumulation_on_two_ranks_trains_as_plain_pytorch_does(made):
     assert_same_losses(out, made.plain())
 
 
+def test_triton_attention_trains_under_zero_3_and_recomputation(made):
+    ds = json.loads(CPU_CONFIG.read_text()) | {"activation_checkpointing": {"enabled": True}}
+    config = made.folder / "recompute.json"
+    config.write_text(json.dumps(ds))
+    curves = {}
+    for attention in ("triton", "naive"):
+        out = made.folder / attention
+        preset = "dalle_short_with_one_head"
+        done = made.launch(out, config=config, preset=preset, attention=attention)
+        assert done.returncode == 0, done.stderr
+        assert f"attention backend {attention}: the caller asked for it" in done.stderr
+        curves[attention] = losses(out)
+    assert len(curves["triton"]) == 8
+    assert curves["triton"] == pytest.approx(curves["naive"], rel=1e-5)
+
+
 def test_weights_and_averages_agree_too(made):
     plain, two = load_dalle(made.plain())[0], load_dalle(made.two())[0]
     for name, value in plain.state_dict().items():

@@ -275,3 +275,11 @@ def test_the_demo_presets_fit_together():
     assert dvae.model.grid == dalle.model.grid
     assert dvae.model.n_vocab == dalle.model.n_image_vocab
     assert json.dumps(dataclasses.asdict(dalle))
+
+
+def test_an_attention_path_that_cannot_run_is_refused_before_the_first_batch(tiny, tmp_path):
+    stage = DalleStage(runs.dalle(), str(tiny.tokens), str(tiny.tokenizer), attention="triton")
+    sentence = "--attention triton: .* the head width is 16 and Triton kernels take 32, 64, 128"
+    with pytest.raises(InputError, match=sentence):
+        train(stage, tmp_path / "out")
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()

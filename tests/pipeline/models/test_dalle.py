@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import Pattern, sparse_attention
+from kernels import Pattern, packed_attention
 from pipeline.config import DalleConfig
 from pipeline.models import dalle as dalle_module
 from pipeline.models.dalle import (
@@ -280,12 +280,13 @@ LEAK_MODELS = {
 def test_a_token_shows_from_the_next_position_on_and_nowhere_before(layers, backend, monkeypatch):
     calls = []
 
-    def attend(*arguments):
-        calls.append(arguments)
-        return sparse_attention(*arguments, backend=backend)
+    def attend(*arguments, **choice):
+        calls.append(choice)
+        return packed_attention(*arguments, **choice)
 
-    monkeypatch.setattr(dalle_module, "sparse_attention", attend)
+    monkeypatch.setattr(dalle_module, "packed_attention", attend)
     model = LEAK_MODELS[layers]()
+    model.set_attention_backend(backend)
     config = model.config
     text, image = random_tokens(config, batch=1)
     before = stream_logits(model, text, image)
@@ -357,11 +358,10 @@ def reference_logits(state, config, text, image):
 
 
 @pytest.mark.parametrize("backend", [None, "naive"], ids=["default", "naive"])
-def test_logits_are_those_of_a_plain_float64_model(backend, monkeypatch):
-    attend = partial(sparse_attention, backend=backend)
-    monkeypatch.setattr(dalle_module, "sparse_attention", attend)
+def test_logits_are_those_of_a_plain_float64_model(backend):
     config = tiny_config(n_layer=4, n_text=6)
     model = random_dalle(config)
+    model.set_attention_backend(backend)
     text, image = random_tokens(config, batch=3)
     text[1, 3:], text[2, :] = NO_TOKEN, NO_TOKEN
     with torch.no_grad():
@@ -464,11 +464,11 @@ def test_bfloat16_is_for_the_matrices_only(stored, monkeypatch):
     model.set_compute_dtype(torch.bfloat16)
     attended = set()
 
-    def attend(q, k, v, pattern):
-        attended.update({q.dtype, k.dtype, v.dtype})
-        return sparse_attention(q, k, v, pattern)
+    def attend(qkv, pattern, **choice):
+        attended.add(qkv.dtype)
+        return packed_attention(qkv, pattern, **choice)
 
-    monkeypatch.setattr(dalle_module, "sparse_attention", attend)
+    monkeypatch.setattr(dalle_module, "packed_attention", attend)
     seen, logits = dtypes_of(model, text, image)
     full, half = torch.float32, torch.bfloat16
     assert seen[Block] == seen[LayerNorm] == seen[Head] == {(full, full)}
