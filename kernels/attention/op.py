@@ -42,7 +42,9 @@ def sparse_attention(
     """Softmax attention over the keys that ``pattern`` lets each query see.
 
     Equal to ``naive_attention`` up to rounding; the patterns are those of Ramesh et al. 2021,
-    appendix B.1 and figure 11. Differentiable once in q, k and v.
+    appendix B.1 and figure 11. Differentiable once in q, k and v. A NaN or Inf in q or k shows in
+    the outputs that may see it and in no other; in v too with "triton", while in the other paths
+    it may show in any output of its head.
 
     Args:
         q_BNHD: float16, bfloat16, float32 or float64; D with stride 1, else any strides: views

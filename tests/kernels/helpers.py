@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import Pattern
+from kernels.patterns import mask_on
 
 # every kind and both edges; odd sizes, W = 1, no text, windows wider than the grid
 SMALL = [
@@ -57,7 +58,8 @@ def outputs(attention, packed, do):
 def masked_sdpa(pattern, scale):
     def attention(q, k, v):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        o = scaled_dot_product_attention(q, k, v, attn_mask=pattern.mask(), scale=scale)
+        mask = mask_on(pattern, q.device)
+        o = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return o.transpose(1, 2)
 
     return attention
