@@ -105,6 +105,18 @@ def test_any_tile_gives_the_same(pattern, tile):
     assert max(errors.values()) <= 1e-6, errors
 
 
+# a reach one more than the steps; windows of which some queries of a tile see nothing, and no text
+@pytest.mark.usefixtures("nan_outputs")
+@pytest.mark.parametrize(
+    "pattern", [Pattern("row", 0, 17), Pattern("conv", 3, 17, kernel=3)], ids=name_of
+)
+def test_windows_longer_than_their_steps(pattern):
+    tile = Tile(32, 32, 16, 4, 2)
+    assert pattern.reach % tile.local == 1
+    errors = relative_errors(pattern, torch.float32, tile, batch=1, heads=1, width=32)
+    assert max(errors.values()) <= 1e-6, errors
+
+
 @pytest.mark.parametrize("pattern", SMALL, ids=name_of)
 def test_tiny_shapes(pattern):
     errors = relative_errors(pattern, torch.float32, batch=1, heads=1, width=32)
