@@ -519,6 +519,14 @@ def say_pattern(kind: str, pattern: dict[str, Any]) -> None:
         say(f"{kind:<7} {name:<18} left out: {reason}")
 
 
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Write JSON; whoever ends this run finds it whole, with the patterns that are done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(result, indent=2) + "\n")
+    part.replace(path)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure, print and, with ``--out``, save."""
     args = parse(argv)
@@ -554,8 +562,7 @@ def main(argv: list[str] | None = None) -> None:
         result["ratios"] = ratios(result)
         say_pattern(kind, result["patterns"][kind])
         if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(result, indent=2) + "\n")
+            save(args.out, result)
     if device.type == "cuda":
         for line in ratio_lines(result):
             say(line)

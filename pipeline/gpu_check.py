@@ -1,27 +1,35 @@
 """Everything that wants a GPU, in one command that installs and fetches nothing: make gpu-check.
 
-Runs the whole pipeline small (scenes, ingest, tokenizer, stage 1, encode, stage 2, sampling)
-through the commands that users type, then measures training steps and sampling, and writes
-benchmarks/<chip>.json. Without DeepSpeed the two stages train with plain PyTorch, and this says
-so.
+The tests that need a GPU first; then the attention kernels beside PyTorch's, training steps and a
+sampled image of a middle-sized model, and the whole pipeline small (scenes, ingest, tokenizer,
+stage 1, encode, stage 2, sampling) through the commands that users type. benchmarks/<chip>.json is
+written after every stage, with "complete": false until all of them ran, so that a run that is cut
+leaves what it measured; stages for which no time is left are named. Without DeepSpeed the two
+stages train with plain PyTorch, and this says so.
 """
 
 import argparse
+import datetime
 import importlib.util
 import json
 import os
 import platform
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
+from kernels.figures import ratio_lines
+from pipeline.config import require
 from pipeline.console import InputError, command, logger
 from pipeline.files import write_json
 
@@ -37,29 +45,166 @@ def dvae():
 def dalle():
     return dataclasses.replace(presets.dalle_demo(), **SHORT)
 """
+# pipeline.bench measures on the CPU: its model and step on another device, and waited for
+STEPS = """
+import json, os, sys, torch
+from pipeline import bench
+device, out, *flags = sys.argv[1:]
+args = bench.parse(flags)
+shape = ("d_model", "layers", "heads", "batch", "n_text", "grid", "dtype")
+found = {"device": device, "shape": {name: getattr(args, name) for name in shape}}
+torch.manual_seed(0)
+makers = {
+    "train_step_s": (bench.training_step, args.runs),
+    "sample_one_image_s": (bench.sampled_image, 2),
+}
+for name, (make, runs) in makers.items():
+    with torch.device(device):
+        work = make(args)
+    def wait_for_it():
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    found[name] = bench.summary(bench.seconds(wait_for_it, runs))
+    with open(out + ".part", "w") as file:
+        json.dump(found, file)
+    os.replace(out + ".part", out)
+"""
+MIDDLE = ["--d_model", "1024", "--layers", "16", "--heads", "16", "--batch", "8",
+          "--dtype", "bfloat16", "--runs", "20"]  # fmt: skip
+
+# seconds without which a stage is not begun
+LEAST_S = {"tests": 30.0, "attention": 40.0, "steps": 30.0, "pipeline": 60.0}
+# of the attention bench: what it takes beyond the --seconds that it is given
+START_UP_S = 25.0
+MOST_ATTENTION_S = 170.0
+TAIL = 3000  # characters of output that a failure shows
 
 
-def run(*words: str) -> float:
+class OutOfTime(InputError):
+    """A command was still running when its time was over."""
+
+
+class Watch:
+    """The time that is left."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end_s = time.monotonic() + 60 * minutes
+
+    def left_s(self) -> float:
+        """Seconds to the deadline, 0 after it."""
+        return max(self.end_s - time.monotonic(), 0.0)
+
+
+def run(*words: str, watch: Watch | None = None) -> float:
     """Run a command of the project; its seconds.
 
     Raises:
+        OutOfTime: it was not done at the deadline, and was killed with all that it started.
         InputError: it failed; the end of its output is shown.
     """
-    log.info("%s", " ".join(words))
+    code, output, took_s = outcome(words, watch)
+    if code != 0:
+        raise InputError(f"`{' '.join(words)}` failed with exit code {code}:\n" + output[-TAIL:])
+    return took_s
+
+
+def outcome(words: tuple[str, ...], watch: Watch | None = None) -> tuple[int, str, float]:
+    """Exit code, output and seconds of a command.
+
+    Raises:
+        OutOfTime: it was not done at the deadline, and was killed with all that it started.
+    """
+    log.info("%s", " ".join(word if len(word) < 200 else "..." for word in words))
     start = time.perf_counter()
-    result = subprocess.run(
-        words, cwd=ROOT, capture_output=True, text=True, check=False, env=_environment()
+    process = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=_environment(),
+        start_new_session=True,
     )
-    if result.returncode != 0:
-        raise InputError(
-            f"`{' '.join(words)}` failed with exit code {result.returncode}:\n"
-            + (result.stdout + result.stderr)[-3000:]
-        )
-    return round(time.perf_counter() - start, 2)
+    try:
+        output, _ = process.communicate(timeout=watch.left_s() if watch else None)
+    except subprocess.TimeoutExpired as error:
+        _kill(process)
+        raise OutOfTime(
+            f"`{' '.join(words)}` was cut after {time.perf_counter() - start:.0f} s, when the time "
+            "was over; give more --minutes"
+        ) from error
+    except BaseException:
+        _kill(process)
+        raise
+    return process.returncode, output, round(time.perf_counter() - start, 2)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End a command and what it started: they are a process group of their own."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
 
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+
+
+def gpu_tests(watch: Watch, tests: Path = ROOT / "tests") -> dict[str, Any]:
+    """Run the tests that are marked gpu; only their files, for others may need DeepSpeed.
+
+    Raises:
+        InputError: one fails, or none passes.
+        OutOfTime: they were cut.
+    """
+    files = [str(f) for f in sorted(tests.rglob("test_*.py")) if "mark.gpu" in f.read_text()]
+    require(bool(files), f"no test under {tests} is marked gpu, so nothing was checked")
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    code, output, took_s = outcome(tuple(words), watch)
+    counts = {
+        what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)", output)
+    }
+    if code != 0 or not counts.get("passed"):
+        raise InputError(
+            f"the GPU tests ended with exit code {code} and {counts.get('passed', 0)} passed; "
+            f"mend them before anything is measured:\n{output[-TAIL:]}"
+        )
+    return {"passed": counts["passed"], "skipped": counts.get("skipped", 0), "seconds": took_s}
+
+
+def saved(out: Path, words: list[str], watch: Watch) -> dict[str, Any]:
+    """The JSON that a command leaves in ``out``; if it fails half-way, with the reason as "cut"."""
+    try:
+        run(*words, watch=watch)
+    except InputError as error:
+        if not out.is_file():
+            raise
+        return {**json.loads(out.read_text()), "cut": str(error)}
+    return dict(json.loads(out.read_text()))
+
+
+def attention(folder: Path, watch: Watch, commit: str) -> dict[str, Any]:
+    """What ``kernels.bench`` measures; if it is cut, the patterns that it finished."""
+    out = folder / "attention.json"
+    bench_s = max(min(watch.left_s() - START_UP_S, MOST_ATTENTION_S), 1.0)
+    words = [sys.executable, "-m", "kernels.bench", "--seconds", f"{bench_s:.0f}"]
+    words += ["--out", str(out), *(["--commit", commit] if commit else [])]
+    result = saved(out, words, watch)
+    for kind, pattern in result["patterns"].items():
+        for name, reason in pattern["left_out"].items():
+            log.info("%s: %s was left out: %s", kind, name, reason)
+    for line in ratio_lines(result):
+        log.info("%s", line)
+    return result
+
+
+def steps(folder: Path, watch: Watch) -> dict[str, Any]:
+    """Training steps and a sampled image of a middle-sized model on the device."""
+    out = folder / "steps.json"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return saved(out, [sys.executable, "-c", STEPS, device, str(out), *MIDDLE], watch)
 
 
 def last_event(run_folder: Path, kind: str) -> dict[str, Any]:
@@ -69,7 +214,7 @@ def last_event(run_folder: Path, kind: str) -> dict[str, Any]:
     return event
 
 
-def small_pipeline(folder: Path) -> dict[str, Any]:
+def small_pipeline(folder: Path, watch: Watch) -> dict[str, Any]:
     """All stages on 1,000 scenes; seconds by stage and the last losses."""
     python = [sys.executable, "-m"]
     (folder / "short.py").write_text(PRESETS)
@@ -88,31 +233,31 @@ def small_pipeline(folder: Path) -> dict[str, Any]:
           ("scenes", "pairs", "tokenizer", "dvae", "tokens", "dalle", "samples")}  # fmt: skip
     preset = f"{folder}/short.py"
     data = ["--data", at["pairs"]]
-    seconds = {
-        "scenes": run(*python, "data_prep.scenes", "--count", "1000", "--out", at["scenes"]),
-        "ingest": run(
+    seconds = {}
+    for name, words in {
+        "scenes": [*python, "data_prep.scenes", "--count", "1000", "--out", at["scenes"]],
+        "ingest": [
             *python, "data_prep.ingest", at["scenes"], "--out", at["pairs"], "--image-size", "64"
-        ),
-        "tokenizer": run(
+        ],
+        "tokenizer": [
             *python, "data_prep.train_tokenizer", *data, "--out", at["tokenizer"], "--vocab", "512"
-        ),
-        "train_dvae": run(
+        ],
+        "train_dvae": [
             *train, "pipeline.train_dvae", "--preset", f"{preset}:dvae", *data,
             "--out", at["dvae"], *last,
-        ),
-        "encode": run(
-            *python, "data_prep.encode", *data, "--dvae", at["dvae"], "--out", at["tokens"]
-        ),
-        "train_dalle": run(
+        ],
+        "encode": [*python, "data_prep.encode", *data, "--dvae", at["dvae"], "--out", at["tokens"]],
+        "train_dalle": [
             *train, "pipeline.train_dalle", "--preset", f"{preset}:dalle", "--data", at["tokens"],
             "--tokenizer", at["tokenizer"], "--dvae", at["dvae"], "--out", at["dalle"], *last,
-        ),
-        "sample": run(
+        ],
+        "sample": [
             *python, "pipeline.sample", "--model", at["dalle"], "--dvae", at["dvae"],
             "--caption", "a large red circle in the middle on a white background",
             "--count", "16", "--out", at["samples"],
-        ),
-    }  # fmt: skip
+        ],
+    }.items():  # fmt: skip
+        seconds[name] = run(*words, watch=watch)
     return {
         "engine": "DeepSpeed ZeRO-3" if has_deepspeed else "plain PyTorch",
         "seconds": seconds,
@@ -121,50 +266,110 @@ def small_pipeline(folder: Path) -> dict[str, Any]:
     }
 
 
-def measurements(folder: Path) -> dict[str, Any]:
-    """Training steps and a sampled image of a 256-wide model, and attention alone."""
-    results = {}
-    for name, words in {
-        "step_float32": ["pipeline.bench", "--sample"],
-        "step_bfloat16": ["pipeline.bench", "--dtype", "bfloat16", "--sample"],
-        "attention": ["kernels.bench"],
-    }.items():
-        out = folder / f"{name}.json"
-        run(sys.executable, "-m", *words, "--out", str(out))
-        results[name] = json.loads(out.read_text())
-    return results
-
-
 def chip() -> str:
-    """A short name of the device for a file: h200, a100-sxm4-80gb, cpu."""
+    """A short name of the device for a file: nvidia-h200, nvidia-a100-sxm4-80gb, cpu."""
     if not torch.cuda.is_available():
         return "cpu"
-    name = torch.cuda.get_device_name().lower().removeprefix("nvidia ")
-    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+def commit_of(root: Path) -> str:
+    """What git says that the code is; empty where git or its history is missing."""
+    words = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+Stage = Callable[[Path, Watch], dict[str, Any]]
+
+
+def check(
+    stages: dict[str, Stage], chosen: list[str], report: dict[str, Any], path: Path, watch: Watch
+) -> None:
+    """Run the chosen stages in order; the report is in its file after each.
+
+    A failure of the tests ends the check. Another stage that fails or is cut is written down, and
+    the rest still runs.
+
+    Raises:
+        InputError: the tests failed, or, at the end, another stage did.
+    """
+    failed: dict[str, str] = {}
+    left_out = {name: "not asked for" for name in stages if name not in chosen}
+    report |= {"complete": False, "left_out": left_out, "failed": failed, "seconds": {}}
+
+    def save() -> None:
+        write_json(path, report)
+
+    for name in (name for name in stages if name in chosen):
+        if watch.left_s() < LEAST_S[name]:
+            reason = f"{watch.left_s():.0f} s were left; it is begun with {LEAST_S[name]:.0f}"
+            log.info("%s is left out: %s", name, reason)
+            left_out[name] = reason
+            continue
+        start = time.monotonic()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                report[name] = stages[name](Path(folder), watch)
+            if "cut" in report[name]:
+                failed[name] = report[name].pop("cut")
+        except InputError as error:
+            failed[name] = str(error)
+            save()
+            if name == "tests":
+                raise
+        report["seconds"][name] = round(time.monotonic() - start, 1)
+        log.info("%s took %.0f s", name, report["seconds"][name])
+        save()
+    report["ratios"] = report.get("attention", {}).get("ratios", [])
+    report["complete"] = not failed and not left_out
+    save()
+    if failed:
+        raise InputError(
+            f"{path} holds the rest, but "
+            + "\n".join(f"{name} failed: {reason}" for name, reason in failed.items())
+        )
 
 
 def main() -> None:
     """Check and measure from the command line."""
-    parser = argparse.ArgumentParser(prog="pipeline.gpu_check", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="pipeline.gpu_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--cpu", action="store_true", help="run without a GPU, to test the check")
-    parser.add_argument("--small", action="store_true", help="leave the measurements out")
+    parser.add_argument("--minutes", type=float, default=9, help="when everything is to be done")
+    parser.add_argument("--stages", nargs="+", choices=LEAST_S, help="all when left out")
+    parser.add_argument("--commit", default="", help="of the code; what git says when left out")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     args = parser.parse_args()
+    require(args.minutes > 0, f"--minutes is {args.minutes}; it must be more than 0")
     if not torch.cuda.is_available() and not args.cpu:
         raise InputError("torch sees no CUDA device here, so there is nothing to check")
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        report = {
-            "chip": chip(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "pipeline": small_pipeline(Path(folder)),
-            **({} if args.small else measurements(Path(folder))),
-        }
-    report["seconds"] = round(time.perf_counter() - start, 1)
+    watch, commit = Watch(args.minutes), args.commit or commit_of(ROOT)
+    stages: dict[str, Stage] = {
+        "tests": lambda _, watch: gpu_tests(watch),
+        "attention": lambda folder, watch: attention(folder, watch, commit),
+        "steps": steps,
+        "pipeline": small_pipeline,
+    }
+    report = {
+        "chip": chip(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": commit or "unknown",
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{report['chip']}.json"
-    write_json(path, report)
-    log.info("all passed in %.0f s; wrote %s", report["seconds"], path)
+    check(stages, args.stages or list(stages), report, path, watch)
+    left_out = "".join(f"; {name} left out: {why}" for name, why in report["left_out"].items())
+    log.info("passed%s; wrote %s", left_out, path)
 
 
 if __name__ == "__main__":
