@@ -9,6 +9,8 @@ v, o, do, dq, dk, dv and lse. The roofline is the longer of these two over the m
 import math
 from typing import Any, Literal, get_args
 
+from kernels.patterns import Kind
+
 Pass = Literal["forward", "backward", "both"]
 PASSES: tuple[Pass, ...] = get_args(Pass)
 PRODUCTS = {"forward": 2, "backward": 5, "both": 7}
@@ -167,8 +169,9 @@ def table(saved: dict[str, Any]) -> str:
             "best FlexAttention", "ratio", "error / PyTorch's")  # fmt: skip
     rows = [head, ("---",) * len(head)]
     rows += [
-        (kind, NAMES[which], *_cells(pattern, which))
-        for kind, pattern in result["patterns"].items()
+        (kind, NAMES[which], *_cells(result["patterns"][kind], which))
+        for kind in get_args(Kind)
+        if kind in result["patterns"]
         for which in ("forward", "both")
     ]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
@@ -180,8 +183,8 @@ def table(saved: dict[str, Any]) -> str:
             f"{machine['commit']}: batch {shape['batch']}, {shape['heads']} heads of "
             f"{shape['width']}, {shape['n_text']} text tokens and a {shape['grid']} x "
             f"{shape['grid']} image, {shape['dtype']}; medians. Ceilings measured in the same "
-            f"run: {ceilings['copy_gb_s'] / 1e3:.2f} TB/s, "
-            f"{ceilings['matmul_tflop_s']:.0f} TFLOP/s.",
+            f"run: {ceilings['copy_gb_s']:.0f} GB/s, "
+            f"{ceilings['matmul_tflop_s']:.3g} TFLOP/s.",
         ]
     )
 

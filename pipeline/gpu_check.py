@@ -195,8 +195,9 @@ def attention(folder: Path, watch: Watch, commit: str) -> dict[str, Any]:
     for kind, pattern in result["patterns"].items():
         for name, reason in pattern["left_out"].items():
             log.info("%s: %s was left out: %s", kind, name, reason)
-    for line in ratio_lines(result):
-        log.info("%s", line)
+    if any(ratio["value"] is not None for ratio in result["ratios"]):
+        for line in ratio_lines(result):
+            log.info("%s", line)
     return result
 
 
