@@ -89,6 +89,7 @@ def write_table(tiles: dict[str, Tile]) -> None:
     lines = (f"  {json.dumps(name)}: {json.dumps(asdict(tile))}" for name, tile in tiles.items())
     TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     table.cache_clear()
+    tile_for.cache_clear()
 
 
 @lru_cache(maxsize=256)
