@@ -508,7 +508,7 @@ def say_pattern(kind: str, pattern: dict[str, Any]) -> None:
             for which in ("forward", "both")
         ]
         cells += [
-            f"{row[which].get('tflop_s', 0):8.2f} {row[which].get('gb_s', 0):8.1f} "
+            f"{row[which].get('tflop_s', 0):8.3f} {row[which].get('gb_s', 0):8.1f} "
             f"{row[which].get('roofline', 0):6.1%}"
             for which in ("forward", "backward")
         ]
