@@ -22,7 +22,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from kernels import tiles
+from kernels import budget, tiles
 from kernels.attention.backward import backward
 from kernels.attention.forward import forward
 from kernels.bench import DTYPES, Clock, first_line, say
@@ -204,14 +204,30 @@ def measured(
     return runs, wrong
 
 
+def unfit(layer: Any, chip: str, kind: Kind, which: Pass, tile: Tile) -> list[str]:
+    """What ``kernels.budget`` has against a tile, spills for one, however fast it is here."""
+    pattern = Pattern(kind, N_TEXT, GRID)
+    job = budget.Job("", chip, layer.width, layer.itemsize, which, pattern, tile)
+    try:
+        return budget.unfit(job, budget.measure(job))
+    except OSError:
+        # a Triton without its disassembler; the budget says it where it is written
+        return []
+
+
 def tuned(layer: Any, chip: str, ready: list[Job], clock: Callable[..., float]) -> dict[str, Tile]:
     """The lines of the table that change, each with its tile; says what was found for all."""
     changes = {}
     for (kind, which), group in itertools.groupby(ready, key=lambda job: job[:2]):
         runs, wrong = measured(layer, kind, which, [tile for *_, tile in group], clock)
         present = layer.tile(kind, which)
-        chosen = choose(runs, present)
-        name = tiles.key(chip, layer.width, layer.itemsize, kind, which)
+        n_timed, name = len(runs), tiles.key(chip, layer.width, layer.itemsize, kind, which)
+        while (chosen := choose(runs, present)) != present:
+            against = unfit(layer, chip, kind, which, chosen)
+            if not against:
+                break
+            say(f"{name}: {chosen} is faster, and not taken: {', '.join(against)}")
+            del runs[chosen]
         old_ms, new_ms = (1e3 * statistics.median(runs[tile]) for tile in (present, chosen))
         if chosen == present:
             fastest_ms = 1e3 * min(map(statistics.median, runs.values()))
@@ -219,7 +235,7 @@ def tuned(layer: Any, chip: str, ready: list[Job], clock: Callable[..., float]) 
         else:
             changes[name] = chosen
             what = f"{present} -> {chosen}: {old_ms:.4f} -> {new_ms:.4f} ms"
-        say(f"{name}: {what}; {len(runs)} timed, {wrong} gave another result")
+        say(f"{name}: {what}; {n_timed} timed, {wrong} gave another result")
     return changes
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from kernels import packed_attention, tiles, tune
+from kernels import budget, packed_attention, tiles, tune
 from kernels.attention.backward import backward
 from kernels.attention.block_sparse import INTERPRETED
 from kernels.bench import first_line
@@ -80,6 +80,39 @@ def test_a_layer_runs_each_pass_with_any_tile(monkeypatch):
 
 
 MS = {OLD: 1.0, FAST: 0.9, WRONG: 0.5, NOISY: 0.8, SLOW: 2.0}
+
+
+@pytest.fixture(autouse=True)
+def all_fit(monkeypatch):
+    monkeypatch.setattr(tune, "unfit", lambda *_: [])
+
+
+def test_a_tile_that_the_budget_refuses_is_not_taken(monkeypatch, capsys):
+    layer = MadeUpLayer(OLD)
+    ms = {**MS, SLOW: 0.5}
+
+    def refuse(layer, chip, kind, which, tile):
+        assert (chip, kind, which) == ("sm_90", "row", "forward")
+        return ["3 spills, at most 0"] if tile == SLOW else []
+
+    monkeypatch.setattr(tune, "unfit", refuse)
+    ready = [("row", "forward", tile) for tile in (SLOW, FAST)]
+    changes = tune.tuned(layer, "sm_90", ready, clock_of(layer, ms))
+    assert changes == {"sm_90 D64 16-bit row forward": FAST}
+    said = capsys.readouterr().out
+    assert f"{SLOW} is faster, and not taken: 3 spills, at most 0" in said
+    assert "3 timed" in said
+
+
+def test_what_the_budget_says_is_asked_of_the_tile_at_this_shape(monkeypatch):
+    monkeypatch.undo()
+    asked = []
+    monkeypatch.setattr(budget, "measure", lambda job: asked.append(job) or "figures")
+    monkeypatch.setattr(budget, "unfit", lambda job, figures: [f"{figures} of {job.tile.rows}"])
+    assert tune.unfit(MadeUpLayer(OLD), "sm_90", "conv", "dq", FAST) == ["figures of 32"]
+    job = asked[0]
+    assert (job.chip, job.width, job.itemsize, job.which) == ("sm_90", 64, 2, "dq")
+    assert job.pattern == Pattern("conv", 256, 32)
 
 
 def test_the_fastest_that_agrees_is_chosen(capsys):
