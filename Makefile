@@ -23,6 +23,7 @@ lint: $(STAMP)
 	$(VENV) -m mypy
 
 bench: $(STAMP)
+	$(VENV) -m kernels.budget
 	$(VENV) -m kernels.bench
 	$(VENV) -m pipeline.bench --sample
 

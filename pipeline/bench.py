@@ -36,12 +36,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 log = logger("bench")
 
 
-def seconds(work: Callable[[], object], runs: int, warm_up: int = 1) -> list[float]:
+def seconds(
+    work: Callable[[], object], runs: int, warm_up: int = 1, device: str = "cpu"
+) -> list[float]:
     """How long each of ``runs`` calls takes, after ``warm_up`` that are not counted."""
     taken = []
     for run in range(-warm_up, runs):
         start = time.perf_counter()
         work()
+        if device == "cuda":
+            torch.cuda.synchronize()
         if run >= 0:
             taken.append(round(time.perf_counter() - start, 4))
     return taken
@@ -64,9 +68,10 @@ def model_config(args: argparse.Namespace) -> DalleConfig:
 
 
 def training_step(args: argparse.Namespace) -> Callable[[], None]:
-    """One update of a fresh model."""
+    """One update of a fresh model on the default device."""
     config, recipe = model_config(args), presets.dalle_12b().optimizer
     model = Dalle(config)
+    model.set_attention_backend(args.attention)
     model.set_compute_dtype(DTYPES[args.dtype])
     optimizer = AdamW(parameter_groups(model, recipe), recipe)
     optimizer.set_lr(4.5e-4)
@@ -86,7 +91,7 @@ def training_step(args: argparse.Namespace) -> Callable[[], None]:
 
 
 def sampled_image(args: argparse.Namespace) -> Callable[[], None]:
-    """One picture of a random model, alone in its batch."""
+    """One picture of a random model on the default device, alone in its batch."""
     config = model_config(args)
     model = Dalle(config).eval().requires_grad_(False)
     # a fresh head gives all tokens the same logits
@@ -144,8 +149,10 @@ def ratios(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
     return {name: round(value, 2) for name, value in found.items()}
 
 
-def chip() -> str:
+def chip(device: str) -> str:
     """The processor's name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
@@ -170,6 +177,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--grid", type=int, default=32, help="image tokens a side")
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the matrices")
     group = parser.add_argument_group("measurement")
+    group.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    group.add_argument(
+        "--attention", choices=["triton", "windowed", "naive"], help="path; without: the fastest"
+    )
     group.add_argument("--runs", type=int, default=5)
     group.add_argument("--threads", type=int, default=2)
     group.add_argument("--sample", action="store_true", help="also sample one image a run")
@@ -188,7 +199,10 @@ def check(args: argparse.Namespace) -> None:
     for name in ("batch", "runs", "threads"):
         value = getattr(args, name)
         require(value >= 1, f"--{name} is {value}; take at least 1")
+    if args.device == "cuda":
+        require(torch.cuda.is_available(), "--device cuda: torch sees no CUDA device here")
     if args.peer:
+        require(args.device == "cpu", "--peer: the other system is measured on the CPU only")
         require(
             (args.n_text, args.grid) == (256, 32),
             f"--n_text {args.n_text} --grid {args.grid}: a peer runs 256 text and 32 x 32 image "
@@ -203,15 +217,20 @@ def main(argv: list[str] | None = None) -> None:
     check(args)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    ours: dict[str, Any] = {"train_step_s": summary(seconds(training_step(args), args.runs))}
+    makers = {"train_step_s": training_step}
     if args.sample:
-        ours["sample_one_image_s"] = summary(seconds(sampled_image(args), args.runs))
+        makers["sample_one_image_s"] = sampled_image
+    ours: dict[str, Any] = {}
+    for name, make in makers.items():
+        with torch.device(args.device):
+            work = make(args)
+        ours[name] = summary(seconds(work, args.runs, device=args.device))
     for name, times in ours.items():
         log.info("%s: minimum %.3f, median %.3f", name, times["min"], times["median"])
     names = ("d_model", "layers", "heads", "batch", "n_text", "grid", "dtype")
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "chip": chip(),
+        "chip": chip(args.device),
         "threads": args.threads,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "shape": {name: getattr(args, name) for name in names},

@@ -45,39 +45,15 @@ def dvae():
 def dalle():
     return dataclasses.replace(presets.dalle_demo(), **SHORT)
 """
-# pipeline.bench measures on the CPU: its model and step on another device, and waited for
-STEPS = """
-import json, os, sys, torch
-from pipeline import bench
-device, out, *flags = sys.argv[1:]
-args = bench.parse(flags)
-shape = ("d_model", "layers", "heads", "batch", "n_text", "grid", "dtype")
-found = {"device": device, "shape": {name: getattr(args, name) for name in shape}}
-torch.manual_seed(0)
-makers = {
-    "train_step_s": (bench.training_step, args.runs),
-    "sample_one_image_s": (bench.sampled_image, 2),
-}
-for name, (make, runs) in makers.items():
-    with torch.device(device):
-        work = make(args)
-    def wait_for_it():
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    found[name] = bench.summary(bench.seconds(wait_for_it, runs))
-    with open(out + ".part", "w") as file:
-        json.dump(found, file)
-    os.replace(out + ".part", out)
-"""
 MIDDLE = ["--d_model", "1024", "--layers", "16", "--heads", "16", "--batch", "8",
-          "--dtype", "bfloat16", "--runs", "20"]  # fmt: skip
+          "--dtype", "bfloat16", "--runs", "5", "--sample"]  # fmt: skip
 
 # seconds without which a stage is not begun
 LEAST_S = {"tests": 30.0, "attention": 40.0, "steps": 30.0, "pipeline": 60.0}
 # of the attention bench: what it takes beyond the --seconds that it is given
 START_UP_S = 25.0
 MOST_ATTENTION_S = 170.0
+MOST_TEST_PROCESSES = 8
 TAIL = 3000  # characters of output that a failure shows
 
 
@@ -115,7 +91,7 @@ def outcome(words: tuple[str, ...], watch: Watch | None = None) -> tuple[int, st
     Raises:
         OutOfTime: it was not done at the deadline, and was killed with all that it started.
     """
-    log.info("%s", " ".join(word if len(word) < 200 else "..." for word in words))
+    log.info("%s", " ".join(words))
     start = time.perf_counter()
     process = subprocess.Popen(
         words,
@@ -162,6 +138,9 @@ def gpu_tests(watch: Watch, tests: Path = ROOT / "tests") -> dict[str, Any]:
     files = [str(f) for f in sorted(tests.rglob("test_*.py")) if "mark.gpu" in f.read_text()]
     require(bool(files), f"no test under {tests} is marked gpu, so nothing was checked")
     words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    # most of their time is the compiler's, on one core
+    if importlib.util.find_spec("xdist"):
+        words += ["-n", str(min(os.cpu_count() or 1, MOST_TEST_PROCESSES))]
     code, output, took_s = outcome(tuple(words), watch)
     counts = {
         what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|error)", output)
@@ -205,7 +184,8 @@ def steps(folder: Path, watch: Watch) -> dict[str, Any]:
     """Training steps and a sampled image of a middle-sized model on the device."""
     out = folder / "steps.json"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return saved(out, [sys.executable, "-c", STEPS, device, str(out), *MIDDLE], watch)
+    words = [sys.executable, "-m", "pipeline.bench", "--device", device, "--out", str(out)]
+    return saved(out, [*words, *MIDDLE], watch)
 
 
 def last_event(run_folder: Path, kind: str) -> dict[str, Any]:

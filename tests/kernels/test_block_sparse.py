@@ -133,8 +133,12 @@ def test_odd_counts_and_all_widths(batch, heads, width):
 
 
 @on_a_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("pattern", PATTERNS + PAPER, ids=name_of)
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    [(p, dtype) for p in PAPER for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    + [(p, torch.bfloat16) for p in PATTERNS],
+    ids=lambda x: name_of(x) or str(x),
+)
 def test_is_as_good_as_torch_in_the_same_dtype(pattern, dtype):
     packed, do = (x.to(DEVICE) for x in packed_qkv(pattern, dtype, heads=2, width=64))
     naive = outputs(lambda *x: naive_attention(*x, pattern, SCALE), packed.double(), do.double())

@@ -63,7 +63,7 @@ def peer(tmp_path, text):
 
 def test_the_peer_gets_the_same_shape_and_the_ratio_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "training_step", lambda args: lambda: None)
-    monkeypatch.setattr(bench, "seconds", lambda work, runs: [0.25, 0.5])
+    monkeypatch.setattr(bench, "seconds", lambda *_, **__: [0.25, 0.5])
     script = "import json, sys\nprint('noise')\n" + (
         "print(json.dumps({'train_step_s': [1.0, 2.0], 'argv': sys.argv[1:]}))\n"
     )
@@ -107,3 +107,18 @@ def test_a_peer_that_fails_is_told(tmp_path, text, words):
 def test_flags_that_cannot_be_measured_are_sentences(flags, words):
     with pytest.raises(InputError, match=words):
         bench.main([*TINY, *flags])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(InputError, match="--device cuda: torch sees no CUDA device here"):
+        bench.main([*TINY, "--device", "cuda"])
+
+
+def test_the_step_takes_the_attention_path_that_it_is_told(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench.Dalle, "set_attention_backend", lambda _, name: asked.append(name))
+    monkeypatch.setattr(bench, "seconds", lambda *_, **__: [1.0])
+    for flags in ([], ["--attention", "naive"]):
+        bench.main([*TINY, *flags])
+    assert asked == [None, "naive"]

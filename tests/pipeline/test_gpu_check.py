@@ -214,17 +214,19 @@ def test_attention_hands_on_its_time_and_says_the_ratios(
 
 
 @pytest.mark.usefixtures("one_cpu_thread")
-def test_the_step_of_the_bench_runs_on_a_device_of_our_choice(
+def test_steps_are_those_of_the_bench_on_the_device_at_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--d_model", "16", "--layers", "1", "--heads", "1", "--n_text", "4", "--grid", "2"]
-    out = tmp_path / "steps.json"
-    monkeypatch.setattr(sys, "argv", ["-c", "cpu", str(out), *flags, "--runs", "1"])
-    exec(gpu_check.STEPS, {})
-    found = json.loads(out.read_text())
-    assert (found["device"], found["shape"]["d_model"]) == ("cpu", 16)
-    assert len(found["train_step_s"]["runs"]) == 1
-    assert len(found["sample_one_image_s"]["runs"]) == 2
+    small = ["--d_model", "16", "--layers", "1", "--heads", "1", "--n_text", "4", "--grid", "2"]
+    monkeypatch.setattr(gpu_check, "MIDDLE", [*small, "--runs", "1", "--sample"])
+    found = gpu_check.steps(tmp_path, Watch(1))
+    assert found["shape"]["d_model"] == 16
+    assert set(found["ours"]) == {"train_step_s", "sample_one_image_s"}
+    asked = []
+    monkeypatch.setattr(gpu_check, "saved", lambda out, words, watch: asked.append(words))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu_check.steps(tmp_path, Watch(1))
+    assert asked[0][asked[0].index("--device") + 1] == "cuda"
 
 
 def test_the_file_has_the_name_of_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
