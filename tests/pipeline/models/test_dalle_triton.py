@@ -8,33 +8,37 @@ import torch
 from pipeline import presets
 from pipeline.config import DalleConfig
 from pipeline.models.dalle import Dalle, nll_sums
+from pipeline.training.optimizer import AdamW, parameter_groups
+from pipeline.training.schedules import warmed_up
 
 ON_A_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_A_GPU else "cpu")
 pytestmark = [pytest.mark.gpu] if ON_A_GPU else []
 # all of the demo's model; of what the interpreter does in seconds, one head
-STEPS, BATCH, HEADS = (30, 32, 4) if ON_A_GPU else (3, 2, 1)
+STEPS, BATCH, HEADS = (30, 32, 4) if ON_A_GPU else (6, 2, 1)
 
 
 def losses(config: DalleConfig, backend: str, dtype: torch.dtype) -> list[float]:
-    """The first losses of the demo's recipe on random captions and codes."""
+    """The first losses of the demo's recipe on random captions and codes, new ones each step."""
     run = presets.dalle_demo()
     torch.manual_seed(0)
     model = Dalle(config).to(DEVICE)
     model.set_compute_dtype(dtype)
     model.set_attention_backend(backend)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr.start, betas=run.optimizer.betas)
+    optimizer = AdamW(parameter_groups(model, run.optimizer), run.optimizer)
     generator = torch.Generator().manual_seed(1)
-    text = torch.randint(config.n_text_vocab, (BATCH, config.n_text), generator=generator)
-    image = torch.randint(config.n_image_vocab, (BATCH, config.n_image), generator=generator)
-    text, image = text.to(DEVICE), image.to(DEVICE)
     curve = []
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        shape = (BATCH, config.n_text), (BATCH, config.n_image)
+        text = torch.randint(40, shape[0], generator=generator).to(DEVICE)
+        image = torch.randint(10, shape[1], generator=generator).to(DEVICE)
         text_nll, image_nll = nll_sums(*model(text, image), text, image)
         loss = text_nll / text.numel() / 8 + image_nll / image.numel() * 7 / 8
-        optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.gradient_clipping)
+        optimizer.set_lr(warmed_up(run.lr, run.warmup, step))
         optimizer.step()
+        optimizer.zero_grad()
         curve.append(loss.item())
     return curve
 
