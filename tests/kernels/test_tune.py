@@ -213,7 +213,7 @@ def test_what_is_not_compiled_in_time_is_left_out(monkeypatch):
 def test_candidates_are_a_dozen_different_tiles(which, itemsize):
     found = tune.candidates(which, itemsize)
     assert len(set(found)) == len(found)
-    assert 12 <= len(found) <= 16
+    assert 12 <= len(found) <= 17
 
 
 @pytest.fixture
