@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.attention.geometry import (
     load_each,
     load_rows,
+    of_head,
     place_of_program,
     sees,
     store_rows,
@@ -169,13 +170,12 @@ def dq_kernel(
     """Grid [programs]. Writes dq, strided, and delta [B, H, N]."""
     I: tl.constexpr = W * W
     i_z, i_tile, is_image = place_of_program(T, I, ROWS, n_z, True)
-    i_b, i_h = (i_z // n_head).to(tl.int64), i_z % n_head
-    p_q += i_b * s_qb + i_h * s_qh
-    p_k += i_b * s_kb + i_h * s_kh
-    p_v += i_b * s_vb + i_h * s_vh
-    p_o += (i_b * (T + I) * n_head + i_h) * D
-    p_do += i_b * s_dob + i_h * s_doh
-    p_dq += i_b * s_gb + i_h * s_gh
+    p_q = of_head(p_q, i_z, n_head, s_qb, s_qh)
+    p_k = of_head(p_k, i_z, n_head, s_kb, s_kh)
+    p_v = of_head(p_v, i_z, n_head, s_vb, s_vh)
+    p_o = of_head(p_o, i_z, n_head, (T + I) * n_head * D, D)
+    p_do = of_head(p_do, i_z, n_head, s_dob, s_doh)
+    p_dq = of_head(p_dq, i_z, n_head, s_gb, s_gh)
     p_lse += i_z.to(tl.int64) * (T + I)
     p_delta += i_z.to(tl.int64) * (T + I)
     if is_image:
@@ -203,13 +203,12 @@ def dkdv_kernel(
     """Grid [programs], text first: its keys are seen by the whole image. Writes dk and dv."""
     I: tl.constexpr = W * W
     i_z, i_tile, is_image = place_of_program(T, I, ROWS, n_z, False)
-    i_b, i_h = (i_z // n_head).to(tl.int64), i_z % n_head
-    p_q += i_b * s_qb + i_h * s_qh
-    p_k += i_b * s_kb + i_h * s_kh
-    p_v += i_b * s_vb + i_h * s_vh
-    p_do += i_b * s_dob + i_h * s_doh
-    p_dk += i_b * s_gb + i_h * s_gh
-    p_dv += i_b * s_gb + i_h * s_gh
+    p_q = of_head(p_q, i_z, n_head, s_qb, s_qh)
+    p_k = of_head(p_k, i_z, n_head, s_kb, s_kh)
+    p_v = of_head(p_v, i_z, n_head, s_vb, s_vh)
+    p_do = of_head(p_do, i_z, n_head, s_dob, s_doh)
+    p_dk = of_head(p_dk, i_z, n_head, s_gb, s_gh)
+    p_dv = of_head(p_dv, i_z, n_head, s_gb, s_gh)
     p_lse += i_z.to(tl.int64) * (T + I)
     p_delta += i_z.to(tl.int64) * (T + I)
     if is_image:

@@ -8,6 +8,7 @@ operator and, for compile and meta tensors, a statement of its output shapes.
 Axes: B batch, N token (text, then image), H head, D head width; 3: q, k, v.
 """
 
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from kernels.tiles import WIDTHS, chip_of
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # TRITON_INTERPRET=1 at import: the kernels run as numpy on the CPU, for tests
 INTERPRETED = not isinstance(forward_kernel, JITFunction)
-# offsets inside a sample are 32-bit
+# offsets inside a head are 32-bit
 LONGEST = 2**31
 
 
@@ -33,14 +34,14 @@ def why_not_triton(dtype: torch.dtype, device: torch.device, width: int, span: i
         dtype: of q, k and v.
         device: likewise.
         width: of a head.
-        span: elements from the first token of a sample to past its last.
+        span: elements from the first token of a head to past its last, at most.
     """
     if dtype not in DTYPES:
         return f"the tensors are {dtype} and Triton kernels take float16, bfloat16 or float32"
     if width not in WIDTHS:
         return f"the head width is {width} and Triton kernels take {', '.join(map(str, WIDTHS))}"
     if span >= LONGEST:
-        return f"a sample spans {span} elements and Triton kernels count to {LONGEST}"
+        return f"a head spans {span} elements and Triton kernels count to {LONGEST}"
     if device.type == "cpu" and not INTERPRETED:
         return "the tensors are on the CPU and Triton kernels need an NVIDIA GPU"
     if INTERPRETED and dtype == torch.bfloat16:
@@ -69,23 +70,27 @@ def block_sparse_attention(
     Returns:
         o_BNHD, contiguous, in the dtype of q.
     """
-    o_BNHD, _ = _attend(q_BNHD, k_BNHD, v_BNHD, *_spelled(pattern), scale)
+    o_BNHD, _ = _attend(q_BNHD, k_BNHD, v_BNHD, _spelled(pattern), scale)
     return o_BNHD
 
 
 def packed_block_sparse_attention(qkv_BN3HD: Tensor, pattern: Pattern, scale: float) -> Tensor:
     """``block_sparse_attention`` of a packed projection, whose gradient is one tensor like it."""
-    o_BNHD, _ = _attend_packed(qkv_BN3HD, *_spelled(pattern), scale)
+    o_BNHD, _ = _attend_packed(qkv_BN3HD, _spelled(pattern), scale)
     return o_BNHD
 
 
-def _spelled(pattern: Pattern) -> tuple[Kind, int, int, int, Edge]:
-    """A pattern in types that an operator of torch may take."""
-    return pattern.kind, pattern.n_text, pattern.grid, pattern.kernel, pattern.edge
+def _spelled(pattern: Pattern) -> str:
+    """A pattern as an operator of torch may take it."""
+    return f"{pattern.kind} {pattern.n_text} {pattern.grid} {pattern.kernel} {pattern.edge}"
 
 
-def _pattern(kind: str, n_text: int, grid: int, kernel: int, edge: str) -> Pattern:
-    return Pattern(cast(Kind, kind), n_text, grid, kernel, cast(Edge, edge))
+@lru_cache(maxsize=64)
+def _pattern(spelled: str) -> Pattern:
+    kind, n_text, grid, kernel, edge = spelled.split()
+    return Pattern(
+        cast(Kind, kind), int(n_text), int(grid), kernel=int(kernel), edge=cast(Edge, edge)
+    )
 
 
 def _empty(x_BNHD: Tensor) -> Tensor:
@@ -108,15 +113,11 @@ def _attend(
     q_BNHD: Tensor,
     k_BNHD: Tensor,
     v_BNHD: Tensor,
-    kind: str,
-    n_text: int,
-    grid: int,
-    kernel: int,
-    edge: str,
+    pattern: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(q_BNHD):
-        return forward(q_BNHD, k_BNHD, v_BNHD, _pattern(kind, n_text, grid, kernel, edge), scale)
+        return forward(q_BNHD, k_BNHD, v_BNHD, _pattern(pattern), scale)
 
 
 @_attend.register_fake
@@ -132,18 +133,21 @@ def _attend_backward(
     v_BNHD: Tensor,
     o_BNHD: Tensor,
     lse_BHN: Tensor,
-    kind: str,
-    n_text: int,
-    grid: int,
-    kernel: int,
-    edge: str,
+    pattern: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pattern = _pattern(kind, n_text, grid, kernel, edge)
     grads = _empty(q_BNHD), _empty(q_BNHD), _empty(q_BNHD)
     with torch.cuda.device_of(q_BNHD):
         backward(
-            _dense_rows(do_BNHD), q_BNHD, k_BNHD, v_BNHD, o_BNHD, lse_BHN, grads, pattern, scale
+            _dense_rows(do_BNHD),
+            q_BNHD,
+            k_BNHD,
+            v_BNHD,
+            o_BNHD,
+            lse_BHN,
+            grads,
+            _pattern(pattern),
+            scale,
         )
     return grads
 
@@ -154,12 +158,10 @@ def _(do_BNHD: Tensor, q_BNHD: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("daikon::attend_packed", mutates_args=())
-def _attend_packed(
-    qkv_BN3HD: Tensor, kind: str, n_text: int, grid: int, kernel: int, edge: str, scale: float
-) -> tuple[Tensor, Tensor]:
+def _attend_packed(qkv_BN3HD: Tensor, pattern: str, scale: float) -> tuple[Tensor, Tensor]:
     q_BNHD, k_BNHD, v_BNHD = qkv_BN3HD.unbind(2)
     with torch.cuda.device_of(qkv_BN3HD):
-        return forward(q_BNHD, k_BNHD, v_BNHD, _pattern(kind, n_text, grid, kernel, edge), scale)
+        return forward(q_BNHD, k_BNHD, v_BNHD, _pattern(pattern), scale)
 
 
 @_attend_packed.register_fake
@@ -173,20 +175,23 @@ def _attend_packed_backward(
     qkv_BN3HD: Tensor,
     o_BNHD: Tensor,
     lse_BHN: Tensor,
-    kind: str,
-    n_text: int,
-    grid: int,
-    kernel: int,
-    edge: str,
+    pattern: str,
     scale: float,
 ) -> Tensor:
-    pattern = _pattern(kind, n_text, grid, kernel, edge)
     grad_BN3HD = _empty(qkv_BN3HD)
     q_BNHD, k_BNHD, v_BNHD = qkv_BN3HD.unbind(2)
     grads = grad_BN3HD[:, :, 0], grad_BN3HD[:, :, 1], grad_BN3HD[:, :, 2]
     with torch.cuda.device_of(qkv_BN3HD):
         backward(
-            _dense_rows(do_BNHD), q_BNHD, k_BNHD, v_BNHD, o_BNHD, lse_BHN, grads, pattern, scale
+            _dense_rows(do_BNHD),
+            q_BNHD,
+            k_BNHD,
+            v_BNHD,
+            o_BNHD,
+            lse_BHN,
+            grads,
+            _pattern(pattern),
+            scale,
         )
     return grad_BN3HD
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.attention.geometry import (
     load_rows,
+    of_head,
     place_of_program,
     sees,
     store_rows,
@@ -140,11 +141,10 @@ def forward_kernel(
     """Grid [programs]. q, k, v strided; o [B, N, H, D] contiguous; lse [B, H, N], base 2."""
     I: tl.constexpr = W * W
     i_z, i_tile, is_image = place_of_program(T, I, ROWS, n_z, True)
-    i_b, i_h = (i_z // n_head).to(tl.int64), i_z % n_head
-    p_q += i_b * s_qb + i_h * s_qh
-    p_k += i_b * s_kb + i_h * s_kh
-    p_v += i_b * s_vb + i_h * s_vh
-    p_o += (i_b * (T + I) * n_head + i_h) * D
+    p_q = of_head(p_q, i_z, n_head, s_qb, s_qh)
+    p_k = of_head(p_k, i_z, n_head, s_kb, s_kh)
+    p_v = of_head(p_v, i_z, n_head, s_vb, s_vh)
+    p_o = of_head(p_o, i_z, n_head, (T + I) * n_head * D, D)
     p_lse += i_z.to(tl.int64) * (T + I)
     if is_image:
         attend_tile(

@@ -91,6 +91,12 @@ def sees(o_q, o_k, W: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, KIND: 
 
 
 @triton.jit
+def of_head(p, i_z, n_head, s_b, s_h):
+    """Where head ``i_z`` of all samples' heads starts, from the strides of sample and head."""
+    return p + (i_z // n_head).to(tl.int64) * s_b + (i_z % n_head).to(tl.int64) * s_h
+
+
+@triton.jit
 def load_rows(p, o_row, s_row, o_d, m_row, EVEN: tl.constexpr):
     """Rows of a matrix, [rows, D]; zeros where ``m_row`` is False, unless ``EVEN`` says nowhere."""
     p_rows = p + o_row[:, None] * s_row + o_d[None, :]

@@ -66,7 +66,7 @@ def sparse_attention(
     """
     _check(q_BNHD, k_BNHD, v_BNHD, pattern)
     scale = _scale(scale, q_BNHD)
-    attend = BACKENDS[_choose(backend, q_BNHD)]
+    attend = BACKENDS[_choose(backend, q_BNHD, k_BNHD, v_BNHD)]
     with _without_autocast(q_BNHD.device):
         return attend(q_BNHD, k_BNHD, v_BNHD, pattern, scale)
 
@@ -101,7 +101,7 @@ def packed_attention(
     q_BNHD, k_BNHD, v_BNHD = qkv_BN3HD.unbind(2)
     _check(q_BNHD, k_BNHD, v_BNHD, pattern)
     scale = _scale(scale, q_BNHD)
-    name = _choose(backend, q_BNHD)
+    name = _choose(backend, q_BNHD, k_BNHD, v_BNHD)
     with _without_autocast(qkv_BN3HD.device):
         if name == "triton":
             return packed_block_sparse_attention(qkv_BN3HD, pattern, scale)
@@ -163,7 +163,7 @@ def choose_backend(
         dtype: of q, k and v.
         device: likewise.
         width: of a head, D.
-        span: elements from the first token of a sample to past its last.
+        span: elements from the first token of a head to past its last, at most.
 
     Returns:
         A name of ``BACKENDS``.
@@ -200,9 +200,10 @@ def _chosen(*what: Any) -> str:
     return choose_backend(*what)
 
 
-def _choose(backend: str | None, q_BNHD: Tensor) -> str:
+def _choose(backend: str | None, q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor) -> str:
     _, N, _, D = q_BNHD.shape
-    return _chosen(backend, q_BNHD.dtype, q_BNHD.device, D, N * q_BNHD.stride(1))
+    span = N * max(q_BNHD.stride(1), k_BNHD.stride(1), v_BNHD.stride(1))
+    return _chosen(backend, q_BNHD.dtype, q_BNHD.device, D, span)
 
 
 @lru_cache(maxsize=32)

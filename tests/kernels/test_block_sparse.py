@@ -281,7 +281,7 @@ def test_operators_keep_the_rules_of_torch(operator):
     tensors = [packed] if operator == "attend_packed" else [x.clone() for x in packed.unbind(2)]
     tensors = [x.requires_grad_() for x in tensors]
     op = getattr(torch.ops.daikon, operator).default
-    torch.library.opcheck(op, (*tensors, "row", 7, 5, 11, "wrap", SCALE))
+    torch.library.opcheck(op, (*tensors, "row 7 5 11 wrap", SCALE))
 
 
 def test_second_derivatives_are_refused():
@@ -294,6 +294,6 @@ def test_second_derivatives_are_refused():
 
 def test_meta_tensors_pass_through():
     packed = torch.empty(8, 1280, 3, 62, 64, dtype=torch.bfloat16, device="meta")
-    o, lse = torch.ops.daikon.attend_packed(packed, "row", 256, 32, 11, "wrap", 0.125)
+    o, lse = torch.ops.daikon.attend_packed(packed, "row 256 32 11 wrap", 0.125)
     assert (o.shape, o.dtype, o.is_contiguous()) == ((8, 1280, 62, 64), torch.bfloat16, True)
     assert (lse.shape, lse.dtype) == ((8, 62, 1280), torch.float32)
