@@ -51,9 +51,9 @@ from kernels.figures import (
     table,
 )
 from kernels.patterns import Kind, Pattern, mask_on
+from kernels.speed.clock import DTYPES, Clock, first_line, say
 
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # a layer of the 12B model on a GPU; what two cores do in seconds on a CPU
 GPU = {"batch": 8, "heads": 62, "dtype": "bfloat16", "repeats": 100, "seconds": 150.0}
 CPU = {"batch": 1, "heads": 2, "dtype": "float32", "repeats": 10, "seconds": 30.0}
@@ -63,34 +63,8 @@ MOST_SCORE_BYTES = 8e9
 # calls of each rival that are not counted, and turns that are made whatever the clock says
 WARM_UP = 3
 LEAST_TURNS = {"cuda": 50, "cpu": 3}
-FLUSH_BYTES = 2**31
 # heads of the last sample that are compared with float64
 COMPARED = 2
-
-
-class Clock:
-    """Seconds that one call takes: see the module's docstring."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.flush: Tensor | None = None
-        if device.type == "cuda":
-            free_bytes, _ = torch.cuda.mem_get_info(device)
-            size = min(FLUSH_BYTES, free_bytes // 8)
-            self.flush = torch.empty(size, dtype=torch.uint8, device=device)
-
-    def __call__(self, work: Callable[[], object]) -> float:
-        """Call ``work`` once."""
-        if self.flush is None:
-            start_s = time.perf_counter()
-            work()
-            return time.perf_counter() - start_s
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -269,14 +243,6 @@ def rivals(pattern: Pattern, device: torch.device) -> dict[str, Rival]:
             name = f"{CAUSAL} {by.name.split('_')[0].lower()}"
             found[name] = Rival(partial(sdpa, is_causal=True, by=by), "apart", causal)
     return found
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # "backend='inductor' raised:" says nothing yet
-    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-    return f"{type(error).__name__}: {said}"[:300]
 
 
 def too_large(name: str, args: argparse.Namespace, pattern: Pattern) -> str | None:
@@ -492,12 +458,6 @@ def saved_table(path: Path) -> str:
             f"{path} is no saved run of kernels.bench or pipeline.gpu_check "
             f"({type(error).__name__}: {error}); make one with --out"
         ) from error
-
-
-def say(line: str) -> None:
-    """A line on standard output, at once."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 def say_pattern(kind: str, pattern: dict[str, Any]) -> None:

@@ -25,8 +25,8 @@ from torch import Tensor
 from kernels import budget, tiles
 from kernels.attention.backward import backward
 from kernels.attention.forward import forward
-from kernels.bench import DTYPES, Clock, first_line, say
 from kernels.patterns import Kind, Pattern
+from kernels.speed.clock import DTYPES, Clock, first_line, say
 from kernels.tiles import PASSES, WIDTHS, Pass, Tile
 
 N_TEXT, GRID = 256, 32

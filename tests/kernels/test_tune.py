@@ -10,8 +10,8 @@ import torch
 from kernels import budget, packed_attention, tiles, tune
 from kernels.attention.backward import backward
 from kernels.attention.block_sparse import INTERPRETED
-from kernels.bench import first_line
 from kernels.patterns import Pattern
+from kernels.speed.clock import first_line
 from kernels.tiles import PASSES, Tile
 
 OLD, FAST, WRONG, NOISY, SLOW = (Tile(rows, 16, 16, 4, 1) for rows in (16, 32, 64, 128, 256))

@@ -1,0 +1,1 @@
+"""What makes times and figures of kernels; no entry points live here."""
