@@ -3,7 +3,7 @@
 The weights are computed again from lse (Dao et al. 2205.14135, section 3.1). Two launches, seven
 products and no atomics: every number is summed by one program in one order, so gradients are the
 same bits in every run. The first also makes delta = sum(o * do) of its rows, which the second
-reads; neither copies or transposes anything.
+reads; neither copies or transposes anything. Names are those of ``geometry``.
 """
 
 import torch
@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.geometry import (
+    job_of_program,
+    keys_before,
     load_each,
     load_rows,
     of_head,
-    place_of_program,
     sees,
     store_rows,
     tokens_of,
@@ -28,10 +29,10 @@ from kernels.tiles import Tile, chip_of, tile_for
 
 
 @triton.jit
-def dq_step(b_dq, b_q, b_k, b_v, b_do, b_lse, b_delta, scale, b_seen, TEST: tl.constexpr):
+def dq_step(b_dq, b_q, b_k, b_v, b_do, b_lse, b_delta, scale_log2, b_seen, TEST: tl.constexpr):
     """Adds what keys and values [keys, D] give to dq [rows, D]."""
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-    b_p = tl.exp2(b_s * scale - b_lse[:, None])
+    b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
     if TEST:
         b_p = tl.where(b_seen, b_p, 0.0)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
@@ -40,7 +41,7 @@ def dq_step(b_dq, b_q, b_k, b_v, b_do, b_lse, b_delta, scale, b_seen, TEST: tl.c
 
 
 @triton.jit
-def dq_tile(
+def dq_of_tile(
     p_q, p_k, p_v, p_o, p_do, p_lse, p_delta, p_dq,
     s_q, s_k, s_v, s_o, s_do, s_dq, scale_log2, scale, i_tile,
     FIRST: tl.constexpr, COUNT: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
@@ -63,9 +64,7 @@ def dq_tile(
     b_lse = load_each(p_lse, t_q, m_q, float("inf"), EVEN)
     b_dq = tl.zeros([ROWS, D], tl.float32)
 
-    n_full = FIRST
-    if KIND == "dense":
-        n_full = FIRST + o_first
+    n_full = keys_before(o_first, FIRST, KIND)
     for t_first in tl.range(0, n_full, STEP):
         t_k = t_first + tl.arange(0, STEP)
         b_k = load_rows(p_k, t_k, s_k, o_d, t_k < n_full, EVEN_STEPS)
@@ -91,11 +90,11 @@ def dq_tile(
 
 @triton.jit
 def dkdv_step(
-    b_dk, b_dv, b_k, b_v, b_q, b_do, b_lse, b_delta, scale, b_seen, TEST: tl.constexpr
+    b_dk, b_dv, b_k, b_v, b_q, b_do, b_lse, b_delta, scale_log2, b_seen, TEST: tl.constexpr
 ):  # fmt: skip
     """Adds what queries [queries, D] give to dk and dv [rows, D]; keys are the rows here."""
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-    b_p = tl.exp2(b_s * scale - b_lse[None, :])
+    b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
     if TEST:
         b_p = tl.where(b_seen, b_p, 0.0)
     b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
@@ -106,7 +105,7 @@ def dkdv_step(
 
 
 @triton.jit
-def dkdv_tile(
+def dkdv_of_tile(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv,
     s_q, s_k, s_v, s_do, s_dkdv, scale_log2, scale, i_tile,
     FIRST: tl.constexpr, COUNT: tl.constexpr, N: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
@@ -152,6 +151,7 @@ def dkdv_tile(
             b_do = load_rows(p_do, t_q, s_do, o_d, t_q < N, EVEN_STEPS)
             b_lse = load_each(p_lse, t_q, t_q < N, float("inf"), EVEN_STEPS)
             b_delta = load_each(p_delta, t_q, t_q < N, 0.0, EVEN_STEPS)
+            # without the test no b_seen is read: anything may stand there
             b_dk, b_dv = dkdv_step(
                 b_dk, b_dv, b_k, b_v, b_q, b_do, b_lse, b_delta, scale_log2, b_lse, False
             )  # fmt: skip
@@ -169,7 +169,7 @@ def dq_kernel(
 ):  # fmt: skip
     """Grid [programs]. Writes dq, strided, and delta [B, H, N]."""
     I: tl.constexpr = W * W
-    i_z, i_tile, is_image = place_of_program(T, I, ROWS, n_z, True)
+    i_z, i_tile, is_image = job_of_program(T, I, ROWS, n_z, True)
     p_q = of_head(p_q, i_z, n_head, s_qb, s_qh)
     p_k = of_head(p_k, i_z, n_head, s_kb, s_kh)
     p_v = of_head(p_v, i_z, n_head, s_vb, s_vh)
@@ -179,13 +179,13 @@ def dq_kernel(
     p_lse += i_z.to(tl.int64) * (T + I)
     p_delta += i_z.to(tl.int64) * (T + I)
     if is_image:
-        dq_tile(
+        dq_of_tile(
             p_q, p_k, p_v, p_o, p_do, p_lse, p_delta, p_dq,
             s_qn, s_kn, s_vn, n_head * D, s_don, s_gn, scale_log2, scale, i_tile,
             T, I, W, R, REACH, KIND, D, ROWS, STEP, LOCAL,
         )  # fmt: skip
     else:
-        dq_tile(
+        dq_of_tile(
             p_q, p_k, p_v, p_o, p_do, p_lse, p_delta, p_dq,
             s_qn, s_kn, s_vn, n_head * D, s_don, s_gn, scale_log2, scale, i_tile,
             0, T, W, R, REACH, "dense", D, ROWS, LOCAL, LOCAL,
@@ -202,7 +202,7 @@ def dkdv_kernel(
 ):  # fmt: skip
     """Grid [programs], text first: its keys are seen by the whole image. Writes dk and dv."""
     I: tl.constexpr = W * W
-    i_z, i_tile, is_image = place_of_program(T, I, ROWS, n_z, False)
+    i_z, i_tile, is_image = job_of_program(T, I, ROWS, n_z, False)
     p_q = of_head(p_q, i_z, n_head, s_qb, s_qh)
     p_k = of_head(p_k, i_z, n_head, s_kb, s_kh)
     p_v = of_head(p_v, i_z, n_head, s_vb, s_vh)
@@ -212,13 +212,13 @@ def dkdv_kernel(
     p_lse += i_z.to(tl.int64) * (T + I)
     p_delta += i_z.to(tl.int64) * (T + I)
     if is_image:
-        dkdv_tile(
+        dkdv_of_tile(
             p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv,
             s_qn, s_kn, s_vn, s_don, s_gn, scale_log2, scale, i_tile,
             T, I, T + I, W, R, REACH, KIND, D, ROWS, STEP, LOCAL,
         )  # fmt: skip
     else:
-        dkdv_tile(
+        dkdv_of_tile(
             p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv,
             s_qn, s_kn, s_vn, s_don, s_gn, scale_log2, scale, i_tile,
             0, T, T + I, W, R, REACH, "dense", D, ROWS, STEP, LOCAL,
@@ -240,17 +240,17 @@ def backward(
     """Writes the gradients of ``forward``, the same bits in every run.
 
     Args:
-        do_BNHD: gradient of o, in the dtype of q, stride 1 along D.
+        do_BNHD: gradient of o, in the dtype of q, any strides.
         q_BNHD: as in ``forward``.
         k_BNHD: as in ``forward``.
         v_BNHD: as in ``forward``.
         o_BNHD: what ``forward`` returned, contiguous.
-        lse_BHN: what ``forward`` returned, contiguous.
+        lse_BHN: what ``forward`` returned, float32, contiguous.
         grads: dq, dk, dv to be written, [B, N, H, D] of the same strides: three tensors, or three
             slices of the gradient of a packed projection.
         pattern: as in ``forward``.
         scale: as in ``forward``.
-        tiles: of dq and of dk and dv; those of the table for this chip when None.
+        tiles: (of dq, of dk and dv); those of the table for this chip when None.
     """
     B, _, H, D = q_BNHD.shape
     dq_BNHD, dk_BNHD, dv_BNHD = grads
@@ -258,18 +258,23 @@ def backward(
     if tiles is None:
         which = (chip_of(q_BNHD.device), D, q_BNHD.dtype.itemsize, pattern)
         tiles = tile_for(*which, "dq"), tile_for(*which, "dkdv")
+    if do_BNHD.stride(-1) != 1:
+        # the gradient of a sum is one number with strides 0
+        do_BNHD = do_BNHD.contiguous()
     delta_BHN = torch.empty_like(lse_BHN)
     common = (
         *strides(q_BNHD), *strides(k_BNHD), *strides(v_BNHD), *strides(do_BNHD), *strides(dq_BNHD),
         H, B * H, scale * LOG2_E, scale,
     )  # fmt: skip
-    tile = tiles[0]
-    dq_kernel[(n_programs(pattern, tile, B * H),)](
-        q_BNHD, k_BNHD, v_BNHD, o_BNHD, do_BNHD, lse_BHN, delta_BHN, dq_BNHD, *common,
-        **constants(pattern, D, tile), num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    tile = tiles[1]
-    dkdv_kernel[(n_programs(pattern, tile, B * H),)](
-        q_BNHD, k_BNHD, v_BNHD, do_BNHD, lse_BHN, delta_BHN, dk_BNHD, dv_BNHD, *common,
-        **constants(pattern, D, tile), num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    dq_tile, dkdv_tile = tiles
+    with torch.cuda.device_of(q_BNHD):
+        dq_kernel[(n_programs(pattern, dq_tile, B * H),)](
+            q_BNHD, k_BNHD, v_BNHD, o_BNHD, do_BNHD, lse_BHN, delta_BHN, dq_BNHD, *common,
+            **constants(pattern, D, dq_tile),
+            num_warps=dq_tile.warps, num_stages=dq_tile.stages,
+        )  # fmt: skip
+        dkdv_kernel[(n_programs(pattern, dkdv_tile, B * H),)](
+            q_BNHD, k_BNHD, v_BNHD, do_BNHD, lse_BHN, delta_BHN, dk_BNHD, dv_BNHD, *common,
+            **constants(pattern, D, dkdv_tile),
+            num_warps=dkdv_tile.warps, num_stages=dkdv_tile.stages,
+        )  # fmt: skip

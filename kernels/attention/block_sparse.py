@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from kernels.attention.backward import backward
-from kernels.attention.forward import forward, forward_kernel
+from kernels.attention.forward import forward, forward_kernel, outputs_of
 from kernels.patterns import Edge, Kind, Pattern
 from kernels.tiles import WIDTHS, chip_of
 
@@ -58,14 +58,14 @@ def block_sparse_attention(
 
     Scores, softmax and sums are float32; products take the dtype of q, float32 in full ("ieee").
     Nothing is copied. Gradients are the same bits in every run. A NaN or Inf reaches the
-    outputs that may see it and no other; in gradients it reaches its tile.
+    outputs that may see it and no other; in gradients it may reach any row of its head.
 
     Args:
         q_BNHD: a dtype of ``DTYPES``, D of ``WIDTHS`` with stride 1, else any strides.
         k_BNHD: like q, strides of its own.
         v_BNHD: like q, strides of its own.
         pattern: N must be ``pattern.n_tokens``.
-        scale: multiplies the scores, at least 0.
+        scale: multiplies the scores, more than 0.
 
     Returns:
         o_BNHD, contiguous, in the dtype of q.
@@ -95,17 +95,7 @@ def _pattern(spelled: str) -> Pattern:
 
 def _empty(x_BNHD: Tensor) -> Tensor:
     # not empty_like: that would keep the strides of a view
-    return torch.empty(x_BNHD.shape, dtype=x_BNHD.dtype, device=x_BNHD.device)
-
-
-def _empty_outputs(q_BNHD: Tensor) -> tuple[Tensor, Tensor]:
-    B, N, H, _ = q_BNHD.shape
-    return _empty(q_BNHD), q_BNHD.new_empty((B, H, N), dtype=torch.float32)
-
-
-def _dense_rows(do_BNHD: Tensor) -> Tensor:
-    # the gradient of a sum is one number with strides 0
-    return do_BNHD if do_BNHD.stride(-1) == 1 else do_BNHD.contiguous()
+    return x_BNHD.new_empty(x_BNHD.shape)
 
 
 @torch.library.custom_op("daikon::attend", mutates_args=())
@@ -113,16 +103,15 @@ def _attend(
     q_BNHD: Tensor,
     k_BNHD: Tensor,
     v_BNHD: Tensor,
-    pattern: str,
+    spelled: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    with torch.cuda.device_of(q_BNHD):
-        return forward(q_BNHD, k_BNHD, v_BNHD, _pattern(pattern), scale)
+    return forward(q_BNHD, k_BNHD, v_BNHD, _pattern(spelled), scale)
 
 
 @_attend.register_fake
 def _(q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(q_BNHD)
+    return outputs_of(q_BNHD)
 
 
 @torch.library.custom_op("daikon::attend_backward", mutates_args=())
@@ -133,20 +122,20 @@ def _attend_backward(
     v_BNHD: Tensor,
     o_BNHD: Tensor,
     lse_BHN: Tensor,
-    pattern: str,
+    spelled: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _empty(q_BNHD), _empty(q_BNHD), _empty(q_BNHD)
     with torch.cuda.device_of(q_BNHD):
         backward(
-            _dense_rows(do_BNHD),
+            do_BNHD,
             q_BNHD,
             k_BNHD,
             v_BNHD,
             o_BNHD,
             lse_BHN,
             grads,
-            _pattern(pattern),
+            _pattern(spelled),
             scale,
         )
     return grads
@@ -158,15 +147,14 @@ def _(do_BNHD: Tensor, q_BNHD: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("daikon::attend_packed", mutates_args=())
-def _attend_packed(qkv_BN3HD: Tensor, pattern: str, scale: float) -> tuple[Tensor, Tensor]:
+def _attend_packed(qkv_BN3HD: Tensor, spelled: str, scale: float) -> tuple[Tensor, Tensor]:
     q_BNHD, k_BNHD, v_BNHD = qkv_BN3HD.unbind(2)
-    with torch.cuda.device_of(qkv_BN3HD):
-        return forward(q_BNHD, k_BNHD, v_BNHD, _pattern(pattern), scale)
+    return forward(q_BNHD, k_BNHD, v_BNHD, _pattern(spelled), scale)
 
 
 @_attend_packed.register_fake
 def _(qkv_BN3HD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(qkv_BN3HD[:, :, 0])
+    return outputs_of(qkv_BN3HD[:, :, 0])
 
 
 @torch.library.custom_op("daikon::attend_packed_backward", mutates_args=())
@@ -175,7 +163,7 @@ def _attend_packed_backward(
     qkv_BN3HD: Tensor,
     o_BNHD: Tensor,
     lse_BHN: Tensor,
-    pattern: str,
+    spelled: str,
     scale: float,
 ) -> Tensor:
     grad_BN3HD = _empty(qkv_BN3HD)
@@ -183,14 +171,14 @@ def _attend_packed_backward(
     grads = grad_BN3HD[:, :, 0], grad_BN3HD[:, :, 1], grad_BN3HD[:, :, 2]
     with torch.cuda.device_of(qkv_BN3HD):
         backward(
-            _dense_rows(do_BNHD),
+            do_BNHD,
             q_BNHD,
             k_BNHD,
             v_BNHD,
             o_BNHD,
             lse_BHN,
             grads,
-            _pattern(pattern),
+            _pattern(spelled),
             scale,
         )
     return grad_BN3HD

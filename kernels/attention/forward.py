@@ -1,9 +1,10 @@
 """Forward pass of attention under a pattern, in Triton: one program a tile of queries and head.
 
 Online softmax (Milakov and Gimelshein 1805.02867; Dao et al. 2205.14135) over two runs of keys:
-first those that all queries of the tile see, without any test (the text, which is 84 to 95 % of
-all pairs), then the window of its pattern, tested by ``geometry.sees``. Nothing is N x N, and no
-list of blocks is read: the patterns are arithmetic.
+first those that all queries of the tile see, without any test (the text: 83 to 95 % of the pairs of
+the sparse patterns at the paper's size), then the window of its pattern, tested by
+``geometry.sees``. Nothing is N x N, and no list of blocks is read: the patterns are arithmetic.
+Names are those of ``geometry``.
 """
 
 import torch
@@ -12,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.geometry import (
+    job_of_program,
+    keys_before,
     load_rows,
     of_head,
-    place_of_program,
     sees,
     store_rows,
     tokens_of,
@@ -31,10 +33,10 @@ CHUNK = tl.constexpr(16)
 
 
 @triton.jit
-def softmax_step(b_acc, b_max, b_sum, b_s, b_v, scale):
+def softmax_step(b_acc, b_max, b_sum, b_s, b_v, scale_log2):
     """One step of the online softmax: scores ``b_s`` [rows, keys] and values [keys, D] join."""
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-    b_p = tl.exp2(b_s * scale - b_new[:, None])
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+    b_p = tl.exp2(b_s * scale_log2 - b_new[:, None])
     b_fade = tl.exp2(b_max - b_new)
     b_sum = b_sum * b_fade + tl.sum(b_p, 1)
     b_acc = b_acc * b_fade[:, None]
@@ -44,7 +46,7 @@ def softmax_step(b_acc, b_max, b_sum, b_s, b_v, scale):
 
 @triton.jit
 def attend_row(
-    p_q, p_k, p_v, p_o, s_q, s_k, s_v, s_o, scale, o_row, n_full, o_start,
+    p_q, p_k, p_v, p_o, s_q, s_k, s_v, s_o, scale_log2, o_row, n_full, o_start,
     FIRST: tl.constexpr, W: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr,
     KIND: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +65,7 @@ def attend_row(
         t_k = tl.where(i_k < n_full, i_k, tokens_of(o_k, FIRST, W, KIND))
         b_k = load_rows(p_k, t_k, s_k, o_d, m_k, False).to(tl.float32)
         b_v = load_rows(p_v, t_k, s_v, o_d, m_k, False).to(tl.float32)
-        b_s = tl.sum(b_q[None, :] * b_k, 1) * scale
+        b_s = tl.sum(b_q[None, :] * b_k, 1) * scale_log2
         b_s = tl.where(m_k, b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 0))
         b_p = tl.exp2(b_s - b_new)
@@ -76,7 +78,7 @@ def attend_row(
 
 @triton.jit
 def attend_tile(
-    p_q, p_k, p_v, p_o, p_lse, s_q, s_k, s_v, s_o, scale, i_tile,
+    p_q, p_k, p_v, p_o, p_lse, s_q, s_k, s_v, s_o, scale_log2, i_tile,
     FIRST: tl.constexpr, COUNT: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
     REACH: tl.constexpr, KIND: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr, LOCAL: tl.constexpr,
@@ -94,9 +96,7 @@ def attend_tile(
     b_acc = tl.zeros([ROWS, D], tl.float32)
 
     # 1. keys that every query of the tile sees: all tokens before the segment, or before the tile
-    n_full = FIRST
-    if KIND == "dense":
-        n_full = FIRST + o_first
+    n_full = keys_before(o_first, FIRST, KIND)
     for t_first in tl.range(0, n_full, STEP):
         t_k = t_first + tl.arange(0, STEP)
         b_k = load_rows(p_k, t_k, s_k, o_d, t_k < n_full, EVEN_STEPS)
@@ -104,7 +104,7 @@ def attend_tile(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         if not EVEN_STEPS:
             b_s = tl.where((t_k < n_full)[None, :], b_s, float("-inf"))
-        b_acc, b_max, b_sum = softmax_step(b_acc, b_max, b_sum, b_s, b_v, scale)
+        b_acc, b_max, b_sum = softmax_step(b_acc, b_max, b_sum, b_s, b_v, scale_log2)
 
     # 2. the window of the pattern
     o_start = window_start(o_first, W, REACH, KIND) // LOCAL * LOCAL
@@ -116,17 +116,18 @@ def attend_tile(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         b_seen = sees(o_q[:, None], o_k[None, :], W, R, REACH, KIND)
         b_s = tl.where(b_seen, b_s, float("-inf"))
-        b_acc, b_max, b_sum = softmax_step(b_acc, b_max, b_sum, b_s, b_v, scale)
+        b_acc, b_max, b_sum = softmax_step(b_acc, b_max, b_sum, b_s, b_v, scale_log2)
 
     b_o = b_acc * (1.0 / b_sum)[:, None]
     store_rows(p_o, t_q, s_o, o_d, b_o, o_q < COUNT, EVEN)
     tl.store(p_lse + t_q, b_max + tl.log2(b_sum), mask=o_q < COUNT)
     # 3. a value that is not finite makes NaN of the zero weights of those that must not see it
     if tl.sum(tl.sum(b_acc * 0.0, 1)) != 0.0:
+        # the rows are written once more, over what other threads wrote
         tl.debug_barrier()
         for o_row in tl.range(o_first, tl.minimum(o_first + ROWS, COUNT), num_stages=1):
             attend_row(
-                p_q, p_k, p_v, p_o, s_q, s_k, s_v, s_o, scale, o_row, n_full, o_start,
+                p_q, p_k, p_v, p_o, s_q, s_k, s_v, s_o, scale_log2, o_row, n_full, o_start,
                 FIRST, W, R, REACH, KIND, D,
             )  # fmt: skip
 
@@ -134,13 +135,13 @@ def attend_tile(
 @triton.jit
 def forward_kernel(
     p_q, p_k, p_v, p_o, p_lse,
-    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, n_head, n_z, scale,
+    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, n_head, n_z, scale_log2,
     T: tl.constexpr, W: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, KIND: tl.constexpr,
     D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
     """Grid [programs]. q, k, v strided; o [B, N, H, D] contiguous; lse [B, H, N], base 2."""
     I: tl.constexpr = W * W
-    i_z, i_tile, is_image = place_of_program(T, I, ROWS, n_z, True)
+    i_z, i_tile, is_image = job_of_program(T, I, ROWS, n_z, True)
     p_q = of_head(p_q, i_z, n_head, s_qb, s_qh)
     p_k = of_head(p_k, i_z, n_head, s_kb, s_kh)
     p_v = of_head(p_v, i_z, n_head, s_vb, s_vh)
@@ -148,12 +149,12 @@ def forward_kernel(
     p_lse += i_z.to(tl.int64) * (T + I)
     if is_image:
         attend_tile(
-            p_q, p_k, p_v, p_o, p_lse, s_qn, s_kn, s_vn, n_head * D, scale, i_tile,
+            p_q, p_k, p_v, p_o, p_lse, s_qn, s_kn, s_vn, n_head * D, scale_log2, i_tile,
             T, I, W, R, REACH, KIND, D, ROWS, STEP, LOCAL,
         )  # fmt: skip
     else:
         attend_tile(
-            p_q, p_k, p_v, p_o, p_lse, s_qn, s_kn, s_vn, n_head * D, scale, i_tile,
+            p_q, p_k, p_v, p_o, p_lse, s_qn, s_kn, s_vn, n_head * D, scale_log2, i_tile,
             0, T, W, R, REACH, "dense", D, ROWS, LOCAL, LOCAL,
         )  # fmt: skip
 
@@ -168,8 +169,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Attention under ``pattern``, and what the backward pass needs of it.
 
+    What ``op.sparse_attention`` checks is not checked again.
+
     Args:
-        q_BNHD: float16, bfloat16 or float32, D 32, 64 or 128 with stride 1, else any strides.
+        q_BNHD: float16, bfloat16 or float32, D 32, 64 or 128 with stride 1, else any strides; on a
+            GPU, or on the CPU under Triton's interpreter.
         k_BNHD: like q, strides of its own.
         v_BNHD: like q, strides of its own.
         pattern: N must be ``pattern.n_tokens``.
@@ -180,14 +184,22 @@ def forward(
         o_BNHD: contiguous, in the dtype of q.
         lse_BHN: float32, base 2 logarithm of the sum of ``exp(score)`` over the visible keys.
     """
-    B, N, H, D = q_BNHD.shape
+    B, _, H, D = q_BNHD.shape
     if tile is None:
         tile = tile_for(chip_of(q_BNHD.device), D, q_BNHD.dtype.itemsize, pattern, "forward")
-    o_BNHD = torch.empty(q_BNHD.shape, dtype=q_BNHD.dtype, device=q_BNHD.device)
-    lse_BHN = torch.empty(B, H, N, dtype=torch.float32, device=q_BNHD.device)
-    forward_kernel[(n_programs(pattern, tile, B * H),)](
-        q_BNHD, k_BNHD, v_BNHD, o_BNHD, lse_BHN,
-        *strides(q_BNHD), *strides(k_BNHD), *strides(v_BNHD), H, B * H, scale * LOG2_E,
-        **constants(pattern, D, tile), num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    o_BNHD, lse_BHN = outputs_of(q_BNHD)
+    with torch.cuda.device_of(q_BNHD):
+        forward_kernel[(n_programs(pattern, tile, B * H),)](
+            q_BNHD, k_BNHD, v_BNHD, o_BNHD, lse_BHN,
+            *strides(q_BNHD), *strides(k_BNHD), *strides(v_BNHD), H, B * H, scale * LOG2_E,
+            **constants(pattern, D, tile), num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return o_BNHD, lse_BHN
+
+
+def outputs_of(q_BNHD: Tensor) -> tuple[Tensor, Tensor]:
+    """Tensors for o_BNHD, contiguous, and lse_BHN, with nothing in them yet."""
+    B, N, H, _ = q_BNHD.shape
+    lse_BHN = q_BNHD.new_empty((B, H, N), dtype=torch.float32)
+    # not empty_like: that would keep the strides of a view
+    return q_BNHD.new_empty(q_BNHD.shape), lse_BHN

@@ -1,14 +1,18 @@
 """The rule of ``kernels.patterns`` as Triton code: what a tile of queries or keys has to visit.
 
-A sequence has two segments, text and image, and no tile lies in both. Inside a segment a row has a
-*place*; the keys that a pattern shows a query are a window of places right before it:
+A sequence has two segments, text and image, and no tile lies in both. Inside a segment a token has
+a *place*; the keys that a pattern shows a query are a window of places right before it:
 
     image   place = raster order; for "column" the grid column by column, so that the keys are near
     text    place = token; every text query sees the text up to itself, which is "dense"
 
 Arguments of all kernels: ``FIRST`` token of the segment (0 or n_text), ``COUNT`` its tokens, ``W``
 grid side, ``R`` convolution radius, ``REACH`` ``Pattern.reach``, ``KIND`` the pattern's kind, or
-"clamp" for "conv" with edge "clamp".
+"clamp" for "conv" with edge "clamp"; ``ROWS``, ``STEP``, ``LOCAL`` as in ``kernels.tiles.Tile``.
+
+Names in kernels: ``p_`` pointer, ``s_`` stride, ``i_`` index, ``n_`` count, ``o_`` places, ``t_``
+tokens, ``m_`` mask, ``b_`` a block of values in registers; b, h, z: sample, head, head of all
+samples; q, k, v, o, do, dq, dk, dv, lse, delta as in the backward pass of flash attention.
 """
 
 import triton
@@ -16,7 +20,7 @@ import triton.language as tl
 
 
 @triton.jit
-def place_of_program(
+def job_of_program(
     T: tl.constexpr, I: tl.constexpr, ROWS: tl.constexpr, n_z, IMAGE_FIRST: tl.constexpr
 ):
     """Head (of all samples), tile, and whether it is of the image, for this program.
@@ -46,12 +50,21 @@ def tokens_of(o_place, FIRST: tl.constexpr, W: tl.constexpr, KIND: tl.constexpr)
 
 
 @triton.jit
+def keys_before(o_first, FIRST: tl.constexpr, KIND: tl.constexpr):
+    """Tokens 0 up to this one are seen by every query from place ``o_first`` on."""
+    n = FIRST
+    if KIND == "dense":
+        n = FIRST + o_first
+    return n
+
+
+@triton.jit
 def window_start(o_first, W: tl.constexpr, REACH: tl.constexpr, KIND: tl.constexpr):
     """First place that must be tested against the rule for queries from ``o_first`` on."""
     if KIND == "column":
         start = o_first // W * W
     elif KIND == "dense":
-        # all before is seen by all of these queries, and is visited without the rule
+        # all before it is among keys_before
         start = o_first
     else:
         start = tl.maximum(o_first - REACH, 0)

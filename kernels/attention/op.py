@@ -44,7 +44,7 @@ def sparse_attention(
     Equal to ``naive_attention`` up to rounding; the patterns are those of Ramesh et al. 2021,
     appendix B.1 and figure 11. Differentiable once in q, k and v. A NaN or Inf in q or k shows in
     the outputs that may see it and in no other; in v too with "triton", while in the other paths
-    it may show in any output of its head.
+    it may show in any output of its head, as it may in gradients of any path.
 
     Args:
         q_BNHD: float16, bfloat16, float32 or float64; D with stride 1, else any strides: views
@@ -52,7 +52,7 @@ def sparse_attention(
         k_BNHD: of q's shape, dtype and device.
         v_BNHD: of q's shape, dtype and device.
         pattern: built for this N: text tokens, then the image grid in raster order.
-        scale: multiplies the scores, at least 0; ``D ** -0.5`` when None.
+        scale: multiplies the scores, above 0; ``D ** -0.5`` when None.
         backend: "triton" (block-sparse kernels; float16, bfloat16 or float32, D 32, 64 or 128 on
             an NVIDIA GPU), "windowed" (plain PyTorch, no N x N scores) or "naive" (the dense
             definition, float32). When None: triton on a GPU where it can run, else windowed.
@@ -146,9 +146,9 @@ def _check(q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, pattern: Pattern) -> 
 def _scale(scale: float | None, q_BNHD: Tensor) -> float:
     if scale is None:
         return q_BNHD.shape[-1] ** -0.5
-    # the largest score must stay the largest
-    if not 0 <= scale < math.inf:
-        raise ValueError(f"scale is {scale}; it must be a finite number of at least 0")
+    # the largest score must stay the largest, and a hidden one minus infinity
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; it must be a finite number above 0")
     return float(scale)
 
 

@@ -1,5 +1,7 @@
 """The Triton kernels: compiled where there is a GPU, else in Triton's interpreter on the CPU."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +23,9 @@ from tests.kernels.helpers import (
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
-on_a_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter has no bfloat16")
+on_a_gpu = pytest.mark.skipif(
+    DEVICE.type == "cpu", reason="Triton's interpreter has no bfloat16 and takes long"
+)
 
 SCALE = 0.2
 # the demo's and the own presets' shapes; a grid and a text that no tile divides; both edges
@@ -47,24 +51,27 @@ def guarded(x):
     return inside.copy_(x)
 
 
-@pytest.fixture
-def nan_outputs():
+@contextmanager
+def full_of_nan():
     """Fresh tensors are full of NaN, so that a number that was not written shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(3, device=DEVICE).new_empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def relative_errors(pattern, dtype, tile=None, **shape):
-    """How far o, dq, dk and dv are from float64, as Frobenius norms, inputs between NaN."""
+    """How far o, dq, dk and dv are from float64, as Frobenius norms; NaN around and in tensors."""
     packed, do = (guarded(x) for x in packed_qkv(pattern, dtype, **shape))
     q, k, v = packed.unbind(2)
-    o, lse = forward(q, k, v, pattern, SCALE, tile)
-    grad = torch.full(packed.shape, float("nan"), dtype=dtype, device=DEVICE)
-    tiles = None if tile is None else (tile, tile)
-    backward(do, q, k, v, o, lse, grad.unbind(2), pattern, SCALE, tiles)
+    with full_of_nan():
+        o, lse = forward(q, k, v, pattern, SCALE, tile)
+        grad = torch.empty(packed.shape, dtype=dtype, device=DEVICE)
+        tiles = None if tile is None else (tile, tile)
+        backward(do, q, k, v, o, lse, grad.unbind(2), pattern, SCALE, tiles)
     got = {"o": o, **dict(zip(("dq", "dk", "dv"), grad.unbind(2), strict=True))}
     ref = outputs(lambda *x: naive_attention(*x, pattern, SCALE), packed.double(), do.double())
     return {
@@ -72,28 +79,20 @@ def relative_errors(pattern, dtype, tile=None, **shape):
     }
 
 
-@pytest.mark.usefixtures("nan_outputs")
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-6), (torch.float16, 1e-3)], ids=str
 )
-@pytest.mark.parametrize("pattern", PATTERNS, ids=name_of)
-def test_forward_and_gradients_are_those_of_float64(pattern, dtype, bound):
-    errors = relative_errors(pattern, dtype, batch=1, heads=3, width=32)
-    assert max(errors.values()) <= bound, errors
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("nan_outputs")
 @pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float32, 1e-6), (torch.float16, 1e-3)], ids=str
+    ("pattern", "heads", "width"),
+    [(p, 3, 32) for p in PATTERNS]
+    + [pytest.param(p, 1, 64, marks=pytest.mark.slow) for p in PAPER],
+    ids=lambda x: name_of(x) or str(x),
 )
-@pytest.mark.parametrize("pattern", PAPER, ids=name_of)
-def test_paper_size_is_that_of_float64(pattern, dtype, bound):
-    errors = relative_errors(pattern, dtype, batch=1, heads=1, width=64)
+def test_forward_and_gradients_are_those_of_float64(pattern, heads, width, dtype, bound):
+    errors = relative_errors(pattern, dtype, batch=1, heads=heads, width=width)
     assert max(errors.values()) <= bound, errors
 
 
-@pytest.mark.usefixtures("nan_outputs")
 @pytest.mark.parametrize(
     "tile",
     [Tile(64, 32, 32, 4, 2), Tile(32, 64, 16, 4, 2), Tile(16, 16, 16, 4, 1)],
@@ -106,7 +105,6 @@ def test_any_tile_gives_the_same(pattern, tile):
 
 
 # a reach one more than the steps; windows of which some queries of a tile see nothing, and no text
-@pytest.mark.usefixtures("nan_outputs")
 @pytest.mark.parametrize(
     "pattern", [Pattern("row", 0, 17), Pattern("conv", 3, 17, kernel=3)], ids=name_of
 )

@@ -117,9 +117,9 @@ def test_interpreter_refuses_bfloat16():
         packed_attention(packed, PATTERN, backend="triton")
 
 
-@pytest.mark.parametrize("scale", [-1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("scale", [-1.0, 0.0, float("inf"), float("nan")])
 def test_scale_without_a_meaning_is_refused(qkv, scale):
-    with pytest.raises(ValueError, match=rf"scale is {scale}; it must be a finite number of at"):
+    with pytest.raises(ValueError, match=rf"scale is {scale}; it must be a finite number above 0"):
         sparse_attention(*qkv, PATTERN, scale=scale)
 
 
