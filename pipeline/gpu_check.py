@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import triton
 
-from kernels.figures import ratio_lines
+from kernels.speed.figures import ratio_lines
 from pipeline.config import require
 from pipeline.console import InputError, command, logger
 from pipeline.files import write_json

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from kernels import figures
 from kernels.patterns import Pattern
+from kernels.speed import figures
 
 SHAPE = {"n_text": 256, "grid": 32, "batch": 8, "heads": 62, "width": 64, "dtype": "bfloat16"}
 SHAPE |= {"itemsize": 2}
@@ -20,7 +20,7 @@ def rival(forward_ms, both_ms, error=None):
     return {"runs": 50, "error": error, **rows}
 
 
-def made_up():
+def made_up(device="NVIDIA H200", **shape):
     row = {
         "triton": rival(0.125, 0.750, {**ERROR, "dv": 6e-3}),
         "windowed": rival(10.0, 30.0),
@@ -31,8 +31,8 @@ def made_up():
         "flex 128": rival(0.160, 0.900),
     }
     result = {
-        "machine": {"device": "Made Up", "torch": "2", "triton": "3", "commit": "abc"},
-        "shape": SHAPE,
+        "machine": {"device": device, "torch": "2", "triton": "3", "commit": "abc"},
+        "shape": {**SHAPE, **shape},
         "ceilings": CEILINGS,
         "patterns": {
             # as a file with sorted keys has them
@@ -92,6 +92,36 @@ def test_ratios_take_the_fastest_rival_of_each_pass():
     assert len(found) == len(expected) + len(missing)
 
 
+@pytest.mark.parametrize(
+    "elsewhere",
+    [{"device": "NVIDIA A100-SXM4-80GB"}, {"batch": 1}, {"grid": 64}, {"dtype": "float16"}],
+    ids=str,
+)
+def test_elsewhere_a_ratio_of_times_has_no_verdict_but_the_error_has(elsewhere):
+    here, found = made_up(), made_up(**elsewhere)
+    assert [r["value"] for r in found["ratios"]] == [r["value"] for r in here["ratios"]]
+    for ratio in found["ratios"]:
+        is_error = " error: " in ratio["name"]
+        assert (ratio["target"] is None) == (ratio["met"] is None) == (not is_error)
+    lines = figures.ratio_lines(found)
+    assert " " * 15 + "2.400" + " " * 17 + "row forward: sdpa causal cudnn / triton" in lines
+    assert "met            1.500  at most 2      row error: triton / sdpa mask" in lines
+
+
+def test_the_targets_of_time_are_within_what_the_pairs_allow():
+    dense = Pattern("dense", figures.AIM["n_text"], figures.AIM["grid"]).pairs()
+    most = {kind: dense / Pattern(kind, 256, 32).pairs() for kind in ("row", "column", "conv")}
+    assert most == pytest.approx({"row": 2.50, "column": 2.63, "conv": 2.30}, abs=5e-3)
+    assert all(target < most[kind] for (kind, _), target in figures.FASTER["sdpa causal"].items())
+
+
+def test_backward_is_the_difference():
+    rows = figures.summary([1e-3, 2e-3, 9e-3], [5e-3, 4e-3, 6e-3], SHAPE, 100, CEILINGS)
+    assert rows["forward"]["median_ms"] == pytest.approx(2)
+    assert rows["both"]["min_ms"] == pytest.approx(4)
+    assert rows["backward"]["median_ms"] == pytest.approx(3)
+
+
 def test_an_error_that_is_nan_is_missed():
     result = made_up()
     result["patterns"]["row"]["rivals"]["triton"]["error"]["dk"] = math.nan
@@ -116,8 +146,8 @@ def test_ratio_lines_say_what_is_met_missed_and_open():
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"chip": "h", "attention": x}])
-def test_the_table_is_markdown_of_the_saved_figures(wrap):
-    lines = figures.table(wrap(made_up())).splitlines()
+def test_markdown_is_of_the_saved_figures(wrap):
+    lines = figures.markdown(wrap(made_up())).splitlines()
     assert all(line.count("|") == 11 for line in lines[:6])
     tflops = 4 * PAIRS * 64 * 496 / 0.125e-3 / 1e12
     assert lines[2] == (
@@ -128,12 +158,12 @@ def test_the_table_is_markdown_of_the_saved_figures(wrap):
     assert "| 1200 µs (cudnn) | **1.60 x** | 900 µs (128) | **1.20 x** |" in lines[3]
     assert lines[4] == "| conv | forward | - | - | - | - | - | - | - | - |"
     assert lines[-1] == (
-        "Made Up, torch 2, triton 3, commit abc: batch 8, 62 heads of 64, 256 text tokens and a "
-        "32 x 32 image, bfloat16; medians. Ceilings measured in the same run: 4300 GB/s, "
+        "NVIDIA H200, torch 2, triton 3, commit abc: batch 8, 62 heads of 64, 256 text tokens "
+        "and a 32 x 32 image, bfloat16; medians. Ceilings measured in the same run: 4300 GB/s, "
         "790 TFLOP/s."
     )
 
 
 def test_a_file_without_attention_is_refused():
     with pytest.raises(ValueError, match="holds no attention times; name one"):
-        figures.table({"chip": "cpu"})
+        figures.markdown({"chip": "cpu"})
