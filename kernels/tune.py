@@ -1,11 +1,10 @@
 """Measures tiles on the GPU at hand, rewrites its lines of tiles.json: ``python -m kernels.tune``.
 
-A layer of the 12B model (batch 8, 62 heads of 64, 256 text tokens and a 32 x 32 image), by
-pattern and pass. Candidates are compiled and run once in processes of their own, so that one that
-does not compile, needs too much shared memory or crashes costs nothing else; their results are
-held to that of the tile in the table, and those that pass are timed in turns with it. A line
-changes only where the gain in the median is larger than the spread of the runs. The times of dq
-and dkdv are those of the whole backward pass.
+A layer of the 12B model (``kernels.speed.shapes``), by pattern and pass. Candidates are compiled
+and run once in processes of their own, so that one that does not compile, needs too much shared
+memory or crashes costs nothing else; their results are held to that of the tile in the table, and
+those that pass are timed in turns with it. A line changes only where the gain in the median is
+larger than the spread of the runs. The times of dq and dkdv are those of the whole backward pass.
 """
 
 import argparse
@@ -22,21 +21,25 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from kernels import budget, tiles
+from kernels import tiles
 from kernels.attention.backward import backward
 from kernels.attention.forward import forward
-from kernels.patterns import Kind, Pattern
+from kernels.patterns import Kind
+from kernels.speed import compiled
 from kernels.speed.clock import DTYPES, Clock, first_line, say
-from kernels.tiles import PASSES, WIDTHS, Pass, Tile
+from kernels.speed.shapes import BATCH, LAYER
+from kernels.tiles import PASSES, SUPPORTED, WIDTHS, Pass, Tile
 
-N_TEXT, GRID = 256, 32
-# heads times width, as in the 12B model
-D_MODEL = 62 * 64
+# turns that are not counted, for the clocks still rise; and turns that are
 WARM_UP, RUNS = 3, 30
 # of the time, for compiling; the rest is for timing
 COMPILING = 0.6
+# each takes seconds to start, which its share of some 170 candidates must repay
 MOST_PROCESSES = 12
+# GPU memory of a process: 1 GB of tensors, which are drawn in float32, 0.5 GB of CUDA, twice
 PROCESS_BYTES = 3e9
+# float16 reads the lines of bfloat16
+TUNED = ("bfloat16", "float32")
 
 # choices of rows, step, local, warps and stages, each of which is multiplied out
 ROWS_OF_QUERIES = [
@@ -66,8 +69,9 @@ class Layer:
 
     def __init__(self, width: int, dtype: torch.dtype, device: str = "cuda") -> None:
         # float32 products are sixteen times as slow
-        batch = 8 if dtype.itemsize == 2 else 2
-        shape = (batch, N_TEXT + GRID**2, 3, D_MODEL // width, width)
+        batch = BATCH if dtype.itemsize == 2 else BATCH // 4
+        n_tokens, d_model = LAYER.pattern("dense").n_tokens, LAYER.heads * LAYER.width
+        shape = (batch, n_tokens, 3, d_model // width, width)
         generator = torch.Generator(device).manual_seed(0)
         self.qkv_BN3HD = torch.randn(shape, generator=generator, device=device).to(dtype)
         self.do_BNHD = torch.randn_like(self.qkv_BN3HD[:, :, 0])
@@ -76,14 +80,12 @@ class Layer:
 
     def tile(self, kind: Kind, which: Pass) -> Tile:
         """That of the table."""
-        chip = tiles.chip_of(self.qkv_BN3HD.device)
-        assert chip is not None
-        return tiles.table()[tiles.key(chip, self.width, self.itemsize, kind, which)]
+        return tiles.tile_on(self.qkv_BN3HD, LAYER.pattern(kind), which)
 
     def run(self, kind: Kind, which: Pass, tile: Tile) -> tuple[Tensor, ...]:
         """The results of a pass; a backward pass takes its other tile from the table."""
         q_BNHD, k_BNHD, v_BNHD = self.qkv_BN3HD.unbind(2)
-        pattern, scale = Pattern(kind, N_TEXT, GRID), self.width**-0.5
+        pattern, scale = LAYER.pattern(kind), self.width**-0.5
         if which == "forward":
             return forward(q_BNHD, k_BNHD, v_BNHD, pattern, scale, tile)[:1]
         if kind not in self._forward:
@@ -127,7 +129,8 @@ def choose(runs: dict[Tile, list[float]], present: Tile) -> Tile:
     return fastest if gain > max(spread(runs[fastest]), spread(runs[present])) else present
 
 
-Job = tuple[Kind, Pass, Tile]
+# what is tried
+Trial = tuple[Kind, Pass, Tile]
 
 
 @lru_cache(maxsize=1)
@@ -136,44 +139,44 @@ def _layer(width: int, dtype: torch.dtype) -> Layer:
     return Layer(width, dtype)
 
 
-def _try(width: int, dtype: torch.dtype, job: Job) -> tuple[Job, str | None]:
+def _try(width: int, dtype: torch.dtype, trial: Trial) -> tuple[Trial, str | None]:
     """Compile, which fills Triton's cache on the disk for all, and run once."""
     try:
-        _layer(width, dtype).run(*job)
+        _layer(width, dtype).run(*trial)
         torch.cuda.synchronize()
     except Exception as error:
-        return job, first_line(error)
-    return job, None
+        return trial, first_line(error)
+    return trial, None
 
 
-def compiled(
-    jobs: list[Job], attempt: Callable, until_s: float, start: str = "spawn"
-) -> tuple[list[Job], dict[Job, str]]:
-    """The jobs that run, and why the others do not.
+def that_run(
+    trials: list[Trial], attempt: Callable, until_s: float, start: str = "spawn"
+) -> tuple[list[Trial], dict[Trial, str]]:
+    """The trials that run, and why the others do not.
 
     Args:
-        jobs: what to try.
-        attempt: gives each job and what is wrong with it, None when it runs.
+        trials: what to try.
+        attempt: gives each trial and what is wrong with it, None when it runs.
         until_s: of ``time.monotonic``, when the processes are ended.
         start: how processes begin; one that inherits CUDA by a fork cannot use it.
     """
     free_bytes = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else PROCESS_BYTES
-    n = min(MOST_PROCESSES, os.cpu_count() or 1, int(free_bytes / PROCESS_BYTES), len(jobs))
-    running, failed = set(), dict.fromkeys(jobs, "not compiled in time")
+    n = min(MOST_PROCESSES, os.cpu_count() or 1, int(free_bytes / PROCESS_BYTES), len(trials))
+    running, failed = set(), dict.fromkeys(trials, "not compiled in time")
     with multiprocessing.get_context(start).Pool(max(n, 1)) as pool:
-        results = pool.imap_unordered(attempt, jobs)
-        for _ in jobs:
+        results = pool.imap_unordered(attempt, trials)
+        for _ in trials:
             try:
-                job, error = results.next(timeout=max(until_s - time.monotonic(), 0.1))
+                trial, error = results.next(timeout=max(until_s - time.monotonic(), 0.1))
             except multiprocessing.TimeoutError:
                 break
             if error is None:
-                del failed[job]
-                running.add(job)
+                del failed[trial]
+                running.add(trial)
             else:
-                failed[job] = error
+                failed[trial] = error
     # in the order in which they came, whoever finished first
-    return [job for job in jobs if job in running], failed
+    return [trial for trial in trials if trial in running], failed
 
 
 def measured(
@@ -202,26 +205,24 @@ def measured(
     return runs, wrong
 
 
-def unfit(layer: Any, chip: str, kind: Kind, which: Pass, tile: Tile) -> list[str]:
-    """What ``kernels.budget`` has against a tile, spills for one, however fast it is here."""
-    pattern = Pattern(kind, N_TEXT, GRID)
-    job = budget.Job("", chip, layer.width, layer.itemsize, which, pattern, tile)
-    try:
-        return budget.unfit(job, budget.measure(job))
-    except OSError:
-        # a Triton without its disassembler; the budget says it where it is written
-        return []
+def objections(layer: Any, chip: str, kind: Kind, which: Pass, tile: Tile) -> list[str]:
+    """What the budget has against a tile, spills for one, however fast it is here."""
+    pattern = LAYER.pattern(kind)
+    job = compiled.Job(chip, layer.width, layer.itemsize, which, pattern, tile)
+    return compiled.unfit(job, compiled.measure(job))
 
 
-def tuned(layer: Any, chip: str, ready: list[Job], clock: Callable[..., float]) -> dict[str, Tile]:
+def tuned(
+    layer: Any, chip: str, ready: list[Trial], clock: Callable[..., float]
+) -> dict[str, Tile]:
     """The lines of the table that change, each with its tile; says what was found for all."""
     changes = {}
-    for (kind, which), group in itertools.groupby(ready, key=lambda job: job[:2]):
+    for (kind, which), group in itertools.groupby(ready, key=lambda trial: trial[:2]):
         runs, wrong = measured(layer, kind, which, [tile for *_, tile in group], clock)
         present = layer.tile(kind, which)
         n_timed, name = len(runs), tiles.key(chip, layer.width, layer.itemsize, kind, which)
         while (chosen := choose(runs, present)) != present:
-            against = unfit(layer, chip, kind, which, chosen)
+            against = objections(layer, chip, kind, which, chosen)
             if not against:
                 break
             say(f"{name}: {chosen} is faster, and not taken: {', '.join(against)}")
@@ -246,7 +247,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--kinds", nargs="+", choices=get_args(Kind), default=get_args(Kind))
     parser.add_argument("--widths", nargs="+", type=int, choices=WIDTHS, default=[64])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=TUNED, default=["bfloat16"],
+        help="float16 shares the 16-bit lines, which bfloat16 measures",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=240, help="for everything, about")
     args = parser.parse_args(argv)
     if not args.seconds > 0:
@@ -254,30 +258,46 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def chip_at_hand(args: argparse.Namespace) -> str:
+    """The chip of this machine.
+
+    Raises:
+        ValueError: there is none that has tiles, or its lines of the table cannot be read.
+    """
+    chip = tiles.chip_of(torch.device("cuda")) if torch.cuda.is_available() else None
+    if chip is None:
+        raise ValueError(
+            f"torch does not see {SUPPORTED} here, and tiles are measured on the GPU that they "
+            "are for; run this where there is one"
+        )
+    for width, name, kind in itertools.product(args.widths, args.dtypes, args.kinds):
+        for which in PASSES:
+            tiles.tile_for(chip, width, DTYPES[name].itemsize, LAYER.pattern(kind), which)
+    return chip
+
+
 def main(argv: list[str] | None = None) -> None:
     """Tune from the command line; the table is written after each width and dtype."""
     args = parse(argv)
-    chip = tiles.chip_of(torch.device("cuda")) if torch.cuda.is_available() else None
-    if chip is None:
-        sys.stderr.write(
-            "error: torch sees no NVIDIA GPU of compute capability 8.0 to 12.1 here, and tiles "
-            "are measured on the GPU that they are for; run this where there is one\n"
-        )
+    try:
+        chip = chip_at_hand(args)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     start_s = time.monotonic()
     layers = list(itertools.product(args.widths, args.dtypes))
     any_change = False
     for i, (width, name) in enumerate(layers):
         dtype = DTYPES[name]
-        jobs: list[Job] = [
+        trials: list[Trial] = [
             (kind, which, tile)
             for kind in args.kinds
             for which in PASSES
             for tile in candidates(which, dtype.itemsize)
         ]
-        say(f"{chip}, width {width}, {name}: {len(jobs)} candidates")
+        say(f"{chip}, width {width}, {name}: {len(trials)} candidates")
         until_s = start_s + args.seconds * (i + COMPILING) / len(layers)
-        ready, failed = compiled(jobs, partial(_try, width, dtype), until_s)
+        ready, failed = that_run(trials, partial(_try, width, dtype), until_s)
         for reason in sorted(set(failed.values())):
             say(f"{list(failed.values()).count(reason)} left out: {reason}")
         changes = tuned(Layer(width, dtype), chip, ready, Clock(torch.device("cuda")))

@@ -9,8 +9,10 @@ import sys
 import pytest
 
 from kernels import budget
-from kernels.budget import Figures, grown, instructions, main_loops, opcode, read_sass, unfit
-from kernels.patterns import Pattern
+from kernels.budget import grown
+from kernels.speed.compiled import Job, unfit
+from kernels.speed.sass import MachineCode, instructions, main_loops, opcode, read_sass
+from kernels.speed.shapes import LAYER
 from kernels.tiles import CHIPS, Tile, key, table
 
 ROW_DKDV = key("sm_90", 64, 2, "row", "dkdv")
@@ -42,12 +44,10 @@ SASS = """
 
 
 def job(chip="sm_90", itemsize=2):
-    name = key(chip, 64, itemsize, "row", "dq")
-    tile = Tile(64, 64, 32, 4, 2)
-    return budget.Job(name, chip, 64, itemsize, "dq", Pattern("row", 256, 32), tile)
+    return Job(chip, 64, itemsize, "dq", LAYER.pattern("row"), Tile(64, 64, 32, 4, 2))
 
 
-GOOD = Figures(registers=128, spills=0, shared=49152, loops=(271, 226), wgmma=42)
+GOOD = MachineCode(registers=128, spills=0, shared=49152, loops=(271, 226), wgmma=42)
 RECORDED = {"registers": 128, "shared": 49152, "loops": [271, 226]}
 
 
@@ -84,7 +84,7 @@ def test_loop_of_float32_products_is_known_by_their_number(op, n, loops):
 
 
 def test_figures_of_a_dump():
-    assert read_sass(SASS, shared=49152) == Figures(
+    assert read_sass(SASS, shared=49152) == MachineCode(
         registers=104, spills=1, shared=49152, loops=(8, 3), wgmma=2
     )
 
@@ -102,14 +102,14 @@ def test_figures_of_a_dump():
     ],
 )
 def test_kernel_that_does_not_fit_its_chip_is_named(chip, change, words):
-    (wrong,) = unfit(job(chip), Figures(**vars(GOOD) | change))
+    (wrong,) = unfit(job(chip), MachineCode(**vars(GOOD) | change))
     assert words in wrong
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_good_kernel_fits(chip):
-    assert unfit(job(chip), Figures(**vars(GOOD) | {"tcgen05": 8})) == []
-    assert unfit(job(chip, itemsize=4), Figures(**vars(GOOD) | {"wgmma": 0})) == []
+    assert unfit(job(chip), MachineCode(**vars(GOOD) | {"tcgen05": 8})) == []
+    assert unfit(job(chip, itemsize=4), MachineCode(**vars(GOOD) | {"wgmma": 0})) == []
 
 
 @pytest.mark.parametrize(
@@ -123,14 +123,14 @@ def test_good_kernel_fits(chip):
     ],
 )
 def test_figure_over_the_recorded_one_is_named(change, words):
-    assert grown(Figures(**vars(GOOD) | change), RECORDED) == [words]
+    assert grown(MachineCode(**vars(GOOD) | change), RECORDED) == [words]
 
 
 def test_little_more_or_anything_less_is_no_complaint():
     more = {"registers": 136, "loops": (279, 232)}
     less = {"registers": 90, "shared": 0, "loops": (10, 10)}
     for change in ({}, more, less):
-        assert grown(Figures(**vars(GOOD) | change), RECORDED) == []
+        assert grown(MachineCode(**vars(GOOD) | change), RECORDED) == []
 
 
 def test_record_is_of_the_table():

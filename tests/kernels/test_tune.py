@@ -7,12 +7,14 @@ import time
 import pytest
 import torch
 
-from kernels import budget, packed_attention, tiles, tune
+from kernels import packed_attention, tiles, tune
 from kernels.attention.backward import backward
 from kernels.attention.block_sparse import INTERPRETED
 from kernels.patterns import Pattern
+from kernels.speed import compiled
 from kernels.speed.clock import first_line
-from kernels.tiles import PASSES, Tile
+from kernels.speed.shapes import Shape
+from kernels.tiles import PASSES, SUPPORTED, Tile
 
 OLD, FAST, WRONG, NOISY, SLOW = (Tile(rows, 16, 16, 4, 1) for rows in (16, 32, 64, 128, 256))
 
@@ -52,9 +54,8 @@ def clock_of(layer, ms):
 
 @pytest.mark.skipif(not INTERPRETED, reason="with a GPU the kernels do not run on the CPU")
 def test_a_layer_runs_each_pass_with_any_tile(monkeypatch):
-    monkeypatch.setattr(tune, "N_TEXT", 16)
-    monkeypatch.setattr(tune, "GRID", 4)
-    monkeypatch.setattr(tune, "D_MODEL", 32)
+    small = Shape(n_text=16, grid=4, kernel=11, heads=1, width=32)
+    monkeypatch.setattr(tune, "LAYER", small)
     layer = tune.Layer(32, torch.float32, "cpu")
     leaf = layer.qkv_BN3HD.clone().requires_grad_()
     o = packed_attention(leaf, Pattern("column", 16, 4), backend="naive")
@@ -76,15 +77,27 @@ def test_a_layer_runs_each_pass_with_any_tile(monkeypatch):
             (tile, layer.tile("column", "dkdv")),
             (layer.tile("column", "dq"), tile),
         ]
-    assert layer.tile("column", "dq") == tiles.table()["sm_80 D32 32-bit column dq"]
+    assert layer.tile("column", "dq") == tiles.tile_for(
+        "sm_80", 32, 4, small.pattern("column"), "dq"
+    )
 
 
+def test_the_layer_that_is_tuned_reads_the_table_as_it_is():
+    # a step that were shrunk to the text would be measured in place of the one in the table
+    for name, tile in tiles.table().items():
+        chip, width, bits, kind, which = name.split()
+        itemsize, pattern = int(bits.removesuffix("-bit")) // 8, tune.LAYER.pattern(kind)
+        assert tiles.tile_for(chip, int(width.removeprefix("D")), itemsize, pattern, which) == tile
+
+
+# the fixture takes its place
+OBJECTIONS = tune.objections
 MS = {OLD: 1.0, FAST: 0.9, WRONG: 0.5, NOISY: 0.8, SLOW: 2.0}
 
 
 @pytest.fixture(autouse=True)
 def all_fit(monkeypatch):
-    monkeypatch.setattr(tune, "unfit", lambda *_: [])
+    monkeypatch.setattr(tune, "objections", lambda *_: [])
 
 
 def test_a_tile_that_the_budget_refuses_is_not_taken(monkeypatch, capsys):
@@ -95,7 +108,7 @@ def test_a_tile_that_the_budget_refuses_is_not_taken(monkeypatch, capsys):
         assert (chip, kind, which) == ("sm_90", "row", "forward")
         return ["3 spills, at most 0"] if tile == SLOW else []
 
-    monkeypatch.setattr(tune, "unfit", refuse)
+    monkeypatch.setattr(tune, "objections", refuse)
     ready = [("row", "forward", tile) for tile in (SLOW, FAST)]
     changes = tune.tuned(layer, "sm_90", ready, clock_of(layer, ms))
     assert changes == {"sm_90 D64 16-bit row forward": FAST}
@@ -105,11 +118,10 @@ def test_a_tile_that_the_budget_refuses_is_not_taken(monkeypatch, capsys):
 
 
 def test_what_the_budget_says_is_asked_of_the_tile_at_this_shape(monkeypatch):
-    monkeypatch.undo()
     asked = []
-    monkeypatch.setattr(budget, "measure", lambda job: asked.append(job) or "figures")
-    monkeypatch.setattr(budget, "unfit", lambda job, figures: [f"{figures} of {job.tile.rows}"])
-    assert tune.unfit(MadeUpLayer(OLD), "sm_90", "conv", "dq", FAST) == ["figures of 32"]
+    monkeypatch.setattr(compiled, "measure", lambda job: asked.append(job) or "code")
+    monkeypatch.setattr(compiled, "unfit", lambda job, code: [f"{code} of {job.tile.rows}"])
+    assert OBJECTIONS(MadeUpLayer(OLD), "sm_90", "conv", "dq", FAST) == ["code of 32"]
     job = asked[0]
     assert (job.chip, job.width, job.itemsize, job.which) == ("sm_90", 64, 2, "dq")
     assert job.pattern == Pattern("conv", 256, 32)
@@ -194,7 +206,7 @@ def attempt(job):
 def test_candidates_run_in_other_processes_and_failures_say_why():
     jobs = [(kind, "forward", tile) for kind in ("row", "conv") for tile in (OLD, FAST)]
     until_s = time.monotonic() + 60
-    ready, failed = tune.compiled(jobs, attempt, until_s, start="fork")
+    ready, failed = tune.that_run(jobs, attempt, until_s, start="fork")
     assert ready == jobs[:2]
     assert failed == dict.fromkeys(jobs[2:], "RuntimeError: out of resource: shared memory")
 
@@ -203,7 +215,7 @@ def test_what_is_not_compiled_in_time_is_left_out(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     jobs = [("row", "dq", OLD), ("dense", "dq", OLD), ("row", "dq", FAST)]
     until_s = time.monotonic() + 0.5
-    ready, failed = tune.compiled(jobs, attempt, until_s, start="fork")
+    ready, failed = tune.that_run(jobs, attempt, until_s, start="fork")
     assert ready == jobs[:1]
     assert failed == dict.fromkeys(jobs[1:], "not compiled in time")
 
@@ -223,12 +235,13 @@ def on_a_gpu(monkeypatch, tmp_path):
     file.write_text(tiles.TABLE.read_text())
     monkeypatch.setattr(tiles, "TABLE", file)
     tiles.table.cache_clear()
+    tiles.tile_for.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tiles, "chip_of", lambda device: "sm_90")
     monkeypatch.setattr(tune, "Clock", lambda device: None)
     yield file
-    monkeypatch.undo()
     tiles.table.cache_clear()
+    tiles.tile_for.cache_clear()
 
 
 def test_only_the_lines_of_this_chip_width_and_dtype_change(on_a_gpu, monkeypatch, capsys):
@@ -246,7 +259,7 @@ def test_only_the_lines_of_this_chip_width_and_dtype_change(on_a_gpu, monkeypatc
     def all_run(jobs, *_):
         return [job for job in jobs if job[2] == FAST], {jobs[0]: "x", jobs[1]: "x", jobs[2]: "y"}
 
-    monkeypatch.setattr(tune, "compiled", all_run)
+    monkeypatch.setattr(tune, "that_run", all_run)
     monkeypatch.setattr(tune, "candidates", lambda *_: [FAST, SLOW, NOISY])
     tune.main(["--kinds", "row", "conv", "--widths", "32"])
     after = json.loads(on_a_gpu.read_text())
@@ -262,10 +275,11 @@ def test_only_the_lines_of_this_chip_width_and_dtype_change(on_a_gpu, monkeypatc
 
 def test_without_a_gain_the_table_is_not_written(on_a_gpu, monkeypatch, capsys):
     monkeypatch.setattr(tune, "Layer", lambda *_: MadeUpLayer(OLD))
-    monkeypatch.setattr(tune, "compiled", lambda *_: ([], {}))
-    on_a_gpu.write_text("not to be touched")
+    monkeypatch.setattr(tune, "that_run", lambda *_: ([], {}))
+    before = on_a_gpu.read_text() + "\n"
+    on_a_gpu.write_text(before)
     tune.main(["--widths", "64", "128"])
-    assert on_a_gpu.read_text() == "not to be touched"
+    assert on_a_gpu.read_text() == before
     assert "no line of the table changes" in capsys.readouterr().out
 
 
@@ -275,7 +289,7 @@ def test_without_a_gpu_it_says_so_and_ends_with_2(capsys):
         tune.main([])
     assert end.value.code == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: torch sees no NVIDIA GPU")
+    assert said.startswith(f"error: torch does not see {SUPPORTED} here")
     assert said.count("\n") == 1
 
 
@@ -283,3 +297,19 @@ def test_no_time_is_refused(capsys):
     with pytest.raises(SystemExit):
         tune.main(["--seconds", "0"])
     assert "--seconds is 0.0; it must be more than 0" in capsys.readouterr().err
+
+
+def test_a_table_without_a_line_of_this_chip_is_said_before_anything_is_measured(on_a_gpu, capsys):
+    lines = json.loads(on_a_gpu.read_text())
+    del lines["sm_90 D64 32-bit conv dq"]
+    on_a_gpu.write_text(json.dumps(lines))
+    with pytest.raises(SystemExit) as end:
+        tune.main(["--dtypes", "bfloat16", "float32"])
+    assert end.value.code == 2
+    assert 'has no line "sm_90 D64 32-bit conv dq"; restore it' in capsys.readouterr().err
+
+
+def test_float16_is_not_tuned_apart(capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["--dtypes", "float16"])
+    assert "invalid choice: 'float16'" in capsys.readouterr().err

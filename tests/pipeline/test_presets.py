@@ -1,8 +1,11 @@
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from kernels.speed import shapes
 from pipeline import presets
 from pipeline.config import DalleRun, DvaeRun
 from pipeline.console import InputError
@@ -45,6 +48,27 @@ def test_the_family_is_that_of_table_1(name, billions):
     assert model.matrix_parameters / 1e9 == pytest.approx(billions, rel=0.03)
     assert model.d_model == 64 * model.n_head
     assert model.n_layer == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("dalle_12b", shapes.LAYER), ("dalle_demo", shapes.DEMO), ("dalle_own", shapes.OWN)],
+    ids=["dalle_12b", "dalle_demo", "dalle_own"],
+)
+def test_kernels_are_compiled_and_timed_at_the_shapes_of_presets(name, shape):
+    model = presets.load(name).model
+    assert shape == shapes.Shape(
+        n_text=model.n_text,
+        grid=model.grid,
+        kernel=model.conv_kernel,
+        heads=model.n_head,
+        width=model.d_model // model.n_head,
+    )
+
+
+def test_kernels_are_timed_at_the_micro_batch_of_the_12b_model():
+    file = Path(__file__).parents[2] / "ds_configs" / "zero3_12b.json"
+    assert json.loads(file.read_text())["train_micro_batch_size_per_gpu"] == shapes.BATCH
 
 
 def test_the_recipe_of_the_transformer_is_appendix_b_2():
