@@ -26,12 +26,12 @@ from kernels.attention.backward import backward
 from kernels.attention.forward import forward
 from kernels.patterns import Kind
 from kernels.speed import compiled
-from kernels.speed.clock import DTYPES, Clock, first_line, say
+from kernels.speed.clock import DTYPES, WARM_UP, Clock, first_line, say
 from kernels.speed.shapes import BATCH, LAYER
 from kernels.tiles import PASSES, SUPPORTED, WIDTHS, Pass, Tile
 
-# turns that are not counted, for the clocks still rise; and turns that are
-WARM_UP, RUNS = 3, 30
+# counted turns: enough for quartiles, and for a budget of time that 170 candidates share
+RUNS = 30
 # of the time, for compiling; the rest is for timing
 COMPILING = 0.6
 # each takes seconds to start, which its share of some 170 candidates must repay
