@@ -11,7 +11,6 @@ the script prints one JSON line with ``train_step_s`` and, if asked, ``sample_on
 import argparse
 import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from typing import Any
 
 import torch
 
+from kernels.attention.op import BACKENDS
+from kernels.speed.machine import commit, device_name, versions
 from pipeline import presets
 from pipeline.config import DalleConfig, DvaeConfig, require
 from pipeline.console import InputError, command, logger
@@ -149,18 +150,6 @@ def ratios(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
     return {name: round(value, 2) for name, value in found.items()}
 
 
-def chip(device: str) -> str:
-    """The processor's name."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -178,9 +167,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the matrices")
     group = parser.add_argument_group("measurement")
     group.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    group.add_argument(
-        "--attention", choices=["triton", "windowed", "naive"], help="path; without: the fastest"
-    )
+    group.add_argument("--attention", choices=list(BACKENDS), help="path; without: the fastest")
     group.add_argument("--runs", type=int, default=5)
     group.add_argument("--threads", type=int, default=2)
     group.add_argument("--sample", action="store_true", help="also sample one image a run")
@@ -190,6 +177,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar=("PYTHON", "SCRIPT"),
         help="also run this script, of another system, at the paper's sequence",
     )
+    group.add_argument("--commit", help="of the code; what git says when left out")
     group.add_argument("--out", type=Path, help="also save the times as JSON")
     return parser.parse_args(argv)
 
@@ -230,9 +218,10 @@ def main(argv: list[str] | None = None) -> None:
     names = ("d_model", "layers", "heads", "batch", "n_text", "grid", "dtype")
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "chip": chip(args.device),
+        "chip": device_name(args.device),
         "threads": args.threads,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": versions(),
+        "commit": args.commit or commit(),
         "shape": {name: getattr(args, name) for name in names},
         "ours": ours,
     }

@@ -13,7 +13,6 @@ import datetime
 import importlib.util
 import json
 import os
-import platform
 import re
 import signal
 import socket
@@ -22,12 +21,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
+from kernels.speed import machine
 from kernels.speed.figures import ratio_lines
 from pipeline.config import require
 from pipeline.console import InputError, command, logger
@@ -36,6 +36,7 @@ from pipeline.files import write_json
 log = logger("gpu-check")
 
 ROOT = Path(__file__).resolve().parent.parent
+# those of the demo, as short as shows that every stage runs and that losses fall
 PRESETS = """
 import dataclasses
 from pipeline import presets
@@ -45,14 +46,20 @@ def dvae():
 def dalle():
     return dataclasses.replace(presets.dalle_demo(), **SHORT)
 """
+# of the training steps: heads 64 wide as in the paper, a quarter of a billion parameters, which
+# train on any GPU that has kernels here
 MIDDLE = ["--d_model", "1024", "--layers", "16", "--heads", "16", "--batch", "8",
           "--dtype", "bfloat16", "--runs", "5", "--sample"]  # fmt: skip
 
-# seconds without which a stage is not begun
+# seconds without which a stage is not begun: it would be cut before it has anything to save
 LEAST_S = {"tests": 30.0, "attention": 40.0, "steps": 30.0, "pipeline": 60.0}
-# of the attention bench: what it takes beyond the --seconds that it is given
+# of the attention bench, what it takes beyond the --seconds that it is given: imports, the start of
+# CUDA, the ceilings, and a compilation that was begun just before they were over
 START_UP_S = 25.0
+# enough to compile FlexAttention for four patterns and two blocks; more would only repeat turns,
+# and take from the nine minutes what the later stages need
 MOST_ATTENTION_S = 170.0
+# each has a CUDA context of its own, and more would wait for the one GPU
 MOST_TEST_PROCESSES = 8
 TAIL = 3000  # characters of output that a failure shows
 
@@ -99,7 +106,7 @@ def outcome(words: tuple[str, ...], watch: Watch | None = None) -> tuple[int, st
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=_environment(),
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         start_new_session=True,
     )
     try:
@@ -122,10 +129,6 @@ def _kill(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
 
 
 def gpu_tests(watch: Watch, tests: Path = ROOT / "tests") -> dict[str, Any]:
@@ -169,7 +172,7 @@ def attention(folder: Path, watch: Watch, commit: str) -> dict[str, Any]:
     out = folder / "attention.json"
     bench_s = max(min(watch.left_s() - START_UP_S, MOST_ATTENTION_S), 1.0)
     words = [sys.executable, "-m", "kernels.bench", "--seconds", f"{bench_s:.0f}"]
-    words += ["--out", str(out), *(["--commit", commit] if commit else [])]
+    words += ["--out", str(out), "--commit", commit]
     result = saved(out, words, watch)
     for kind, pattern in result["patterns"].items():
         for name, reason in pattern["left_out"].items():
@@ -180,12 +183,11 @@ def attention(folder: Path, watch: Watch, commit: str) -> dict[str, Any]:
     return result
 
 
-def steps(folder: Path, watch: Watch) -> dict[str, Any]:
+def steps(folder: Path, watch: Watch, commit: str) -> dict[str, Any]:
     """Training steps and a sampled image of a middle-sized model on the device."""
     out = folder / "steps.json"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    words = [sys.executable, "-m", "pipeline.bench", "--device", device, "--out", str(out)]
-    return saved(out, [*words, *MIDDLE], watch)
+    words = [sys.executable, "-m", "pipeline.bench", "--device", device(), "--out", str(out)]
+    return saved(out, [*words, "--commit", commit, *MIDDLE], watch)
 
 
 def last_event(run_folder: Path, kind: str) -> dict[str, Any]:
@@ -247,21 +249,15 @@ def small_pipeline(folder: Path, watch: Watch) -> dict[str, Any]:
     }
 
 
-def chip() -> str:
-    """A short name of the device for a file: nvidia-h200, nvidia-a100-sxm4-80gb, cpu."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+def device() -> str:
+    """The GPU, if torch sees one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def commit_of(root: Path) -> str:
-    """What git says that the code is; empty where git or its history is missing."""
-    words = ["git", "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
+def file_name() -> str:
+    """Of the report: nvidia-h200.json, nvidia-a100-sxm4-80gb.json, cpu.json."""
+    name = machine.device_name("cuda").lower() if device() == "cuda" else "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-") + ".json"
 
 
 Stage = Callable[[Path, Watch], dict[str, Any]]
@@ -281,10 +277,7 @@ def check(
     failed: dict[str, str] = {}
     left_out = {name: "not asked for" for name in stages if name not in chosen}
     report |= {"complete": False, "left_out": left_out, "failed": failed, "seconds": {}}
-
-    def save() -> None:
-        write_json(path, report)
-
+    save = partial(write_json, path, report)
     for name in (name for name in stages if name in chosen):
         if watch.left_s() < LEAST_S[name]:
             reason = f"{watch.left_s():.0f} s were left; it is begun with {LEAST_S[name]:.0f}"
@@ -305,7 +298,6 @@ def check(
         report["seconds"][name] = round(time.monotonic() - start, 1)
         log.info("%s took %.0f s", name, report["seconds"][name])
         save()
-    report["ratios"] = report.get("attention", {}).get("ratios", [])
     report["complete"] = not failed and not left_out
     save()
     if failed:
@@ -323,7 +315,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--cpu", action="store_true", help="run without a GPU, to test the check")
-    parser.add_argument("--minutes", type=float, default=9, help="when everything is to be done")
+    parser.add_argument(
+        "--minutes", type=float, default=9, help="minutes after which nothing runs any more"
+    )
     parser.add_argument("--stages", nargs="+", choices=LEAST_S, help="all when left out")
     parser.add_argument("--commit", default="", help="of the code; what git says when left out")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
@@ -331,23 +325,21 @@ def main() -> None:
     require(args.minutes > 0, f"--minutes is {args.minutes}; it must be more than 0")
     if not torch.cuda.is_available() and not args.cpu:
         raise InputError("torch sees no CUDA device here, so there is nothing to check")
-    watch, commit = Watch(args.minutes), args.commit or commit_of(ROOT)
+    watch, commit = Watch(args.minutes), args.commit or machine.commit()
     stages: dict[str, Stage] = {
         "tests": lambda _, watch: gpu_tests(watch),
         "attention": lambda folder, watch: attention(folder, watch, commit),
-        "steps": steps,
+        "steps": lambda folder, watch: steps(folder, watch, commit),
         "pipeline": small_pipeline,
     }
-    report = {
-        "chip": chip(),
+    report: dict[str, Any] = {
+        "chip": machine.device_name(device()),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": commit or "unknown",
+        "versions": machine.versions(),
+        "commit": commit,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{report['chip']}.json"
+    path = args.out / file_name()
     check(stages, args.stages or list(stages), report, path, watch)
     left_out = "".join(f"; {name} left out: {why}" for name, why in report["left_out"].items())
     log.info("passed%s; wrote %s", left_out, path)

@@ -31,6 +31,7 @@ def test_times_are_saved_with_what_they_depend_on(tmp_path, capsys):
     assert result["shape"]["d_model"] == 16
     assert result["versions"]["torch"] == torch.__version__
     assert result["chip"]
+    assert result["commit"]
     assert str(tmp_path) not in out.read_text()
     assert sys.prefix not in out.read_text()
 

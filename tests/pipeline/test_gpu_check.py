@@ -117,7 +117,6 @@ def test_the_report_of_a_whole_run(tmp_path: Path) -> None:
     assert report["complete"] is True
     assert not report["error"]
     assert (report["chip"], report["tests"]["passed"]) == ("c", 3)
-    assert report["ratios"] == [RATIO]
     assert set(report["seconds"]) == set(ALL)
     assert report["left_out"] == report["failed"] == {}
 
@@ -154,13 +153,11 @@ def test_another_failure_stops_nobody_and_is_said_at_the_end(tmp_path: Path) -> 
     assert report["failed"] == {"attention": "no luck"}
     assert not report["complete"]
     assert "attention failed: no luck" in report["error"]
-    assert report["ratios"] == []
 
 
 def test_a_stage_that_was_cut_keeps_what_it_measured(tmp_path: Path) -> None:
     report = checked(tmp_path, {**ALL, "attention": {**ALL["attention"], "cut": "too long"}})
     assert report["attention"] == ALL["attention"]
-    assert report["ratios"] == [RATIO]
     assert report["failed"] == {"attention": "too long"}
     assert not report["complete"]
 
@@ -219,24 +216,23 @@ def test_steps_are_those_of_the_bench_on_the_device_at_hand(
 ) -> None:
     small = ["--d_model", "16", "--layers", "1", "--heads", "1", "--n_text", "4", "--grid", "2"]
     monkeypatch.setattr(gpu_check, "MIDDLE", [*small, "--runs", "1", "--sample"])
-    found = gpu_check.steps(tmp_path, Watch(1))
+    found = gpu_check.steps(tmp_path, Watch(1), "abc")
+    assert found["commit"] == "abc"
     assert found["shape"]["d_model"] == 16
     assert set(found["ours"]) == {"train_step_s", "sample_one_image_s"}
     asked = []
     monkeypatch.setattr(gpu_check, "saved", lambda out, words, watch: asked.append(words))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    gpu_check.steps(tmp_path, Watch(1))
+    gpu_check.steps(tmp_path, Watch(1), "abc")
     assert asked[0][asked[0].index("--device") + 1] == "cuda"
 
 
 def test_the_file_has_the_name_of_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
-    assert gpu_check.chip() == "nvidia-a100-sxm4-80gb"
-
-
-def test_a_folder_without_history_has_no_commit(tmp_path: Path) -> None:
-    assert gpu_check.commit_of(tmp_path) == ""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
+    assert gpu_check.file_name() == "nvidia-a100-sxm4-80gb.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.file_name() == "cpu.json"
 
 
 @pytest.mark.slow
