@@ -37,9 +37,10 @@ from kernels.speed.figures import (
     summary,
 )
 from kernels.speed.machine import commit, device_name, versions
+from kernels.speed.shapes import BATCH, LAYER
 
-# a layer of the 12B model on a GPU; what two cores do in seconds on a CPU
-GPU = {"batch": 8, "heads": 62, "dtype": "bfloat16", "repeats": 100, "seconds": 150.0}
+# a whole layer on a GPU; what two cores do in seconds on a CPU
+GPU = {"batch": BATCH, "heads": LAYER.heads, "dtype": "bfloat16", "repeats": 100, "seconds": 150.0}
 CPU = {"batch": 1, "heads": 2, "dtype": "float32", "repeats": 10, "seconds": 30.0}
 
 
@@ -89,11 +90,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     on = "{} on a GPU, {} on a CPU".format
     parser.add_argument("--kinds", nargs="+", choices=get_args(Kind), default=get_args(Kind))
-    parser.add_argument("--n-text", type=int, default=256, help="text tokens")
-    parser.add_argument("--grid", type=int, default=32, help="side of the image grid")
+    parser.add_argument("--n-text", type=int, default=LAYER.n_text, help="text tokens")
+    parser.add_argument("--grid", type=int, default=LAYER.grid, help="side of the image grid")
     parser.add_argument("--batch", type=int, help=on(GPU["batch"], CPU["batch"]))
     parser.add_argument("--heads", type=int, help=on(GPU["heads"], CPU["heads"]))
-    parser.add_argument("--width", type=int, default=64, help="of one head")
+    parser.add_argument("--width", type=int, default=LAYER.width, help="of one head")
     parser.add_argument("--dtype", choices=DTYPES, help=on(GPU["dtype"], CPU["dtype"]))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

@@ -67,18 +67,30 @@ def test_inside_pipeline_imports_point_down():
                 assert floor(parts[1]) <= floor(room), f"{file.name} must not import {name}"
 
 
-@pytest.mark.parametrize("folder", ["pipeline", "data_prep"])
-def test_entry_points_never_import_each_other(folder):
-    entries = {f for f in sources(folder) if "\nif __name__ ==" in f.read_text()}
-    assert len(entries) >= 2
-    modules = {".".join(f.relative_to(ROOT).with_suffix("").parts) for f in entries}
-    for file in entries:
+def entry_points(folder: str) -> list[Path]:
+    found = [f for f in sources(folder) if "\nif __name__ ==" in f.read_text()]
+    assert len(found) >= 2, f"{folder}/ has several commands"
+    return found
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_nobody_imports_an_entry_point(folder):
+    modules = {
+        ".".join(f.relative_to(ROOT).with_suffix("").parts)
+        for folder in ALLOWED
+        for f in entry_points(folder)
+    }
+    for file in sources(folder):
         wrong = {
             n
             for n in imported(file.read_text())
             if any((n + ".").startswith(m + ".") for m in modules)
         }
         assert not wrong, f"{file.relative_to(ROOT)} must not import {sorted(wrong)}"
+
+
+def test_what_commands_share_is_no_command():
+    assert not [f for f in entry_points("kernels") if f.parent != ROOT / "kernels"]
 
 
 def test_every_test_folder_is_a_package():

@@ -54,6 +54,37 @@ def test_a_rival_that_is_too_large_does_not_enter(monkeypatch):
     assert "windowed" in held.taking_part
 
 
+def on_a_gpu(monkeypatch, flex_rivals):
+    """A contest that takes itself to be on a GPU, with no rivals but these."""
+    monkeypatch.setattr(contest, "rivals", lambda *_: {})
+    monkeypatch.setattr(contest, "flex_rivals", flex_rivals)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    held = Contest(PATTERN, SMALL, CPU)
+    held.device = torch.device("cuda")
+    return held
+
+
+def test_flex_enters_while_there_is_time_to_compile_it(monkeypatch):
+    attend = contest.rivals(PATTERN, CPU)["sdpa mask"].attend
+    made = {"flex 64": Rival(attend, "apart", PATTERN)}
+    held = on_a_gpu(monkeypatch, lambda *_: made)
+    held.invite(0.0)
+    assert held.left_out["flex 64"].startswith("no time was left to compile it")
+    assert not held.taking_part
+    held.invite(NEVER)
+    assert list(held.taking_part) == ["flex 64"]
+    assert held.errors["flex 64"]["dq"] < 1e-6
+
+
+def test_flex_that_cannot_be_made_is_named(monkeypatch):
+    def fail(*_):
+        raise ImportError("no flex here")
+
+    held = on_a_gpu(monkeypatch, fail)
+    held.invite(NEVER)
+    assert held.left_out == {"flex": "ImportError: no flex here"}
+
+
 @pytest.mark.parametrize(("repeats", "until_s", "turns"), [(9, 0.0, 3), (2, 0.0, 2), (9, NEVER, 9)])
 def test_turns_end_with_the_time_but_not_before_the_least(repeats, until_s, turns):
     assert contest.LEAST_TURNS["cpu"] == 3
