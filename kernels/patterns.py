@@ -13,9 +13,9 @@ its pattern names; with ``m = q - k`` the distance between two image tokens and 
 Everything below (dense mask, pair count, key lists, cache slots) is derived from ``sees``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class Pattern:
     grid: int
     kernel: int = 11
     edge: Edge = "wrap"
+    # all of it in one string, for operators of torch, which take no objects
+    spelled: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -64,6 +66,15 @@ class Pattern:
             raise ValueError(
                 f"edge 'clamp' is for kind 'conv', not {self.kind!r}; leave edge at 'wrap'"
             )
+        spelled = f"{self.kind} {self.n_text} {self.grid} {self.kernel} {self.edge}"
+        object.__setattr__(self, "spelled", spelled)
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def read(spelled: str) -> "Pattern":
+        """The pattern whose ``spelled`` this is."""
+        kind, n_text, grid, kernel, edge = spelled.split()
+        return Pattern(cast(Kind, kind), int(n_text), int(grid), int(kernel), cast(Edge, edge))
 
     @property
     def n_image(self) -> int:

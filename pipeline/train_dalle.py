@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.attention.op import choose_backend
+from kernels.attention.op import BACKENDS, choose_backend
 from pipeline import presets
 from pipeline.config import DalleRun
 from pipeline.console import InputError, command, logger
@@ -107,10 +107,9 @@ class DalleStage(loop.Stage[Batch]):
 
     def _check_attention(self, engine: Engine) -> None:
         """A path that cannot run is known before the first batch, and in the log which one does."""
-        model = self.run.model
-        width, span = model.d_model // model.n_head, model.n_ctx * 3 * model.d_model
+        width = self.run.model.d_model // self.run.model.n_head
         try:
-            choose_backend(self.attention, engine.compute_dtype, engine.device, width, span)
+            choose_backend(self.attention, engine.compute_dtype, engine.device, width)
         except ValueError as error:
             raise InputError(f"--attention {self.attention}: {error}") from None
 
@@ -199,7 +198,7 @@ def main() -> None:
     parser.add_argument("--deepspeed_config", help="JSON of ds_configs/; without: plain PyTorch")
     parser.add_argument(
         "--attention",
-        choices=["triton", "windowed", "naive"],
+        choices=list(BACKENDS),
         help="path of the attention patterns; without: the fastest that can run, said in the log",
     )
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")

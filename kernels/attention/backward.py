@@ -23,9 +23,9 @@ from kernels.attention.geometry import (
     window_end,
     window_start,
 )
-from kernels.attention.launch import LOG2_E, constants, n_programs, strides
+from kernels.attention.launch import LOG2_E, constants, is_too_long, n_programs, strides
 from kernels.patterns import Pattern
-from kernels.tiles import Tile, chip_of, tile_for
+from kernels.tiles import Tile, tile_on
 
 
 @triton.jit
@@ -256,10 +256,9 @@ def backward(
     dq_BNHD, dk_BNHD, dv_BNHD = grads
     assert dq_BNHD.stride() == dk_BNHD.stride() == dv_BNHD.stride()
     if tiles is None:
-        which = (chip_of(q_BNHD.device), D, q_BNHD.dtype.itemsize, pattern)
-        tiles = tile_for(*which, "dq"), tile_for(*which, "dkdv")
-    if do_BNHD.stride(-1) != 1:
-        # the gradient of a sum is one number with strides 0
+        tiles = tile_on(q_BNHD, pattern, "dq"), tile_on(q_BNHD, pattern, "dkdv")
+    # autograd chooses these strides: 0 for a sum, which is one number
+    if do_BNHD.stride(-1) != 1 or is_too_long(do_BNHD):
         do_BNHD = do_BNHD.contiguous()
     delta_BHN = torch.empty_like(lse_BHN)
     common = (

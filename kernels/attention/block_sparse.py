@@ -8,8 +8,7 @@ operator and, for compile and meta tensors, a statement of its output shapes.
 Axes: B batch, N token (text, then image), H head, D head width; 3: q, k, v.
 """
 
-from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,37 +16,38 @@ from triton.runtime.jit import JITFunction
 
 from kernels.attention.backward import backward
 from kernels.attention.forward import forward, forward_kernel, outputs_of
-from kernels.patterns import Edge, Kind, Pattern
-from kernels.tiles import WIDTHS, chip_of
+from kernels.attention.launch import LONGEST
+from kernels.patterns import Pattern
+from kernels.tiles import SUPPORTED, WIDTHS, chip_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # TRITON_INTERPRET=1 at import: the kernels run as numpy on the CPU, for tests
 INTERPRETED = not isinstance(forward_kernel, JITFunction)
-# offsets inside a head are 32-bit
-LONGEST = 2**31
 
 
-def why_not_triton(dtype: torch.dtype, device: torch.device, width: int, span: int) -> str | None:
+def why_not_triton(
+    dtype: torch.dtype, device: torch.device, width: int, is_long: bool = False
+) -> str | None:
     """Why the kernels cannot run on such tensors, as half a sentence; None where they can.
 
     Args:
         dtype: of q, k and v.
         device: likewise.
         width: of a head.
-        span: elements from the first token of a head to past its last, at most.
+        is_long: whether ``launch.is_too_long`` says so of one of them.
     """
     if dtype not in DTYPES:
         return f"the tensors are {dtype} and Triton kernels take float16, bfloat16 or float32"
     if width not in WIDTHS:
         return f"the head width is {width} and Triton kernels take {', '.join(map(str, WIDTHS))}"
-    if span >= LONGEST:
-        return f"a head spans {span} elements and Triton kernels count to {LONGEST}"
+    if is_long:
+        return f"a head spans {LONGEST} elements or more and Triton kernels count in 32 bits"
     if device.type == "cpu" and not INTERPRETED:
         return "the tensors are on the CPU and Triton kernels need an NVIDIA GPU"
     if INTERPRETED and dtype == torch.bfloat16:
         return "Triton's interpreter (TRITON_INTERPRET=1) multiplies bfloat16 wrongly"
     if chip_of(device) is None:
-        return f"Triton kernels need compute capability 8.0 to 12.1, which {device} has not"
+        return f"the tensors are on {device} and Triton kernels need {SUPPORTED}"
     return None
 
 
@@ -58,39 +58,28 @@ def block_sparse_attention(
 
     Scores, softmax and sums are float32; products take the dtype of q, float32 in full ("ieee").
     Nothing is copied. Gradients are the same bits in every run. A NaN or Inf reaches the
-    outputs that may see it and no other; in gradients it may reach any row of its head.
+    outputs that may see it and no other, which may then differ in their last bits; in gradients it
+    may reach any row of its head. In float16 the gradients of scores are float16 too, and can
+    overflow where the gradients that they make would not. Differentiable once, in reverse mode.
 
     Args:
         q_BNHD: a dtype of ``DTYPES``, D of ``WIDTHS`` with stride 1, else any strides.
         k_BNHD: like q, strides of its own.
         v_BNHD: like q, strides of its own.
         pattern: N must be ``pattern.n_tokens``.
-        scale: multiplies the scores, more than 0.
+        scale: multiplies the scores, 1e-30 to 1e30.
 
     Returns:
         o_BNHD, contiguous, in the dtype of q.
     """
-    o_BNHD, _ = _attend(q_BNHD, k_BNHD, v_BNHD, _spelled(pattern), scale)
+    o_BNHD, _ = _attend(q_BNHD, k_BNHD, v_BNHD, pattern.spelled, scale)
     return o_BNHD
 
 
 def packed_block_sparse_attention(qkv_BN3HD: Tensor, pattern: Pattern, scale: float) -> Tensor:
     """``block_sparse_attention`` of a packed projection, whose gradient is one tensor like it."""
-    o_BNHD, _ = _attend_packed(qkv_BN3HD, _spelled(pattern), scale)
+    o_BNHD, _ = _attend_packed(qkv_BN3HD, pattern.spelled, scale)
     return o_BNHD
-
-
-def _spelled(pattern: Pattern) -> str:
-    """A pattern as an operator of torch may take it."""
-    return f"{pattern.kind} {pattern.n_text} {pattern.grid} {pattern.kernel} {pattern.edge}"
-
-
-@lru_cache(maxsize=64)
-def _pattern(spelled: str) -> Pattern:
-    kind, n_text, grid, kernel, edge = spelled.split()
-    return Pattern(
-        cast(Kind, kind), int(n_text), int(grid), kernel=int(kernel), edge=cast(Edge, edge)
-    )
 
 
 def _empty(x_BNHD: Tensor) -> Tensor:
@@ -106,7 +95,7 @@ def _attend(
     spelled: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return forward(q_BNHD, k_BNHD, v_BNHD, _pattern(spelled), scale)
+    return forward(q_BNHD, k_BNHD, v_BNHD, Pattern.read(spelled), scale)
 
 
 @_attend.register_fake
@@ -126,18 +115,7 @@ def _attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _empty(q_BNHD), _empty(q_BNHD), _empty(q_BNHD)
-    with torch.cuda.device_of(q_BNHD):
-        backward(
-            do_BNHD,
-            q_BNHD,
-            k_BNHD,
-            v_BNHD,
-            o_BNHD,
-            lse_BHN,
-            grads,
-            _pattern(spelled),
-            scale,
-        )
+    backward(do_BNHD, q_BNHD, k_BNHD, v_BNHD, o_BNHD, lse_BHN, grads, Pattern.read(spelled), scale)
     return grads
 
 
@@ -149,7 +127,7 @@ def _(do_BNHD: Tensor, q_BNHD: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]
 @torch.library.custom_op("daikon::attend_packed", mutates_args=())
 def _attend_packed(qkv_BN3HD: Tensor, spelled: str, scale: float) -> tuple[Tensor, Tensor]:
     q_BNHD, k_BNHD, v_BNHD = qkv_BN3HD.unbind(2)
-    return forward(q_BNHD, k_BNHD, v_BNHD, _pattern(spelled), scale)
+    return forward(q_BNHD, k_BNHD, v_BNHD, Pattern.read(spelled), scale)
 
 
 @_attend_packed.register_fake
@@ -169,18 +147,7 @@ def _attend_packed_backward(
     grad_BN3HD = _empty(qkv_BN3HD)
     q_BNHD, k_BNHD, v_BNHD = qkv_BN3HD.unbind(2)
     grads = grad_BN3HD[:, :, 0], grad_BN3HD[:, :, 1], grad_BN3HD[:, :, 2]
-    with torch.cuda.device_of(qkv_BN3HD):
-        backward(
-            do_BNHD,
-            q_BNHD,
-            k_BNHD,
-            v_BNHD,
-            o_BNHD,
-            lse_BHN,
-            grads,
-            _pattern(spelled),
-            scale,
-        )
+    backward(do_BNHD, q_BNHD, k_BNHD, v_BNHD, o_BNHD, lse_BHN, grads, Pattern.read(spelled), scale)
     return grad_BN3HD
 
 

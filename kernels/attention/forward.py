@@ -24,10 +24,11 @@ from kernels.attention.geometry import (
 )
 from kernels.attention.launch import LOG2_E, constants, n_programs, strides
 from kernels.patterns import Pattern
-from kernels.tiles import Tile, chip_of, tile_for
+from kernels.tiles import Tile, tile_on
 
-# below any score: a row that has met no key yet; -inf would make its weights NaN
-NOTHING = tl.constexpr(-1e30)
+# below any score, and finite: the largest score of a row that has met no key yet; with -inf its
+# weights would be NaN
+NOTHING = tl.constexpr(-3e38)
 # keys at a time where a tile is done once more, query by query
 CHUNK = tl.constexpr(16)
 
@@ -177,7 +178,7 @@ def forward(
         k_BNHD: like q, strides of its own.
         v_BNHD: like q, strides of its own.
         pattern: N must be ``pattern.n_tokens``.
-        scale: multiplies the scores.
+        scale: multiplies the scores, 1e-30 to 1e30.
         tile: that of the table for this chip when None.
 
     Returns:
@@ -186,7 +187,7 @@ def forward(
     """
     B, _, H, D = q_BNHD.shape
     if tile is None:
-        tile = tile_for(chip_of(q_BNHD.device), D, q_BNHD.dtype.itemsize, pattern, "forward")
+        tile = tile_on(q_BNHD, pattern, "forward")
     o_BNHD, lse_BHN = outputs_of(q_BNHD)
     with torch.cuda.device_of(q_BNHD):
         forward_kernel[(n_programs(pattern, tile, B * H),)](

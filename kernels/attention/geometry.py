@@ -99,7 +99,8 @@ def sees(o_q, o_k, W: tl.constexpr, R: tl.constexpr, REACH: tl.constexpr, KIND: 
     if KIND == "conv":
         seen = seen & ((back + R).to(tl.uint32) % W <= 2 * R)
     if KIND == "clamp":
-        seen = seen & (tl.abs(o_q % W - o_k % W) <= R)
+        # a window wider than the grid could pass REACH one row further up, at its left end
+        seen = seen & (o_q // W - o_k // W <= R) & (tl.abs(o_q % W - o_k % W) <= R)
     return seen
 
 

@@ -12,6 +12,14 @@ from kernels.tiles import Tile
 # the kernels take powers of two, one instruction each: exp(x) = 2 ** (x * LOG2_E)
 LOG2_E = 1 / math.log(2)
 
+# offsets from the first token of a head are 32-bit
+LONGEST = 2**31
+
+
+def is_too_long(x_BNHD: Tensor) -> bool:
+    """Whether the tokens of a head lie too far apart for the kernels."""
+    return x_BNHD.shape[1] * x_BNHD.stride(1) >= LONGEST
+
 
 def constants(pattern: Pattern, width: int, tile: Tile) -> dict[str, Any]:
     """The compile-time arguments of a kernel, by name."""

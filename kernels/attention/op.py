@@ -4,7 +4,6 @@ Axes: B batch, N token (text, then image), H head, D head width; 3: q, k, v.
 """
 
 import logging
-import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -17,12 +16,15 @@ from kernels.attention.block_sparse import (
     packed_block_sparse_attention,
     why_not_triton,
 )
+from kernels.attention.launch import is_too_long
 from kernels.attention.naive import naive_attention
 from kernels.attention.windowed import windowed_attention
 from kernels.patterns import Pattern
+from kernels.tiles import WIDTHS
 
 logger = logging.getLogger("daikon.kernels")
 
+LEAST_SCALE = 1e-30
 BACKENDS = {
     "triton": block_sparse_attention,
     "windowed": windowed_attention,
@@ -42,7 +44,8 @@ def sparse_attention(
     """Softmax attention over the keys that ``pattern`` lets each query see.
 
     Equal to ``naive_attention`` up to rounding; the patterns are those of Ramesh et al. 2021,
-    appendix B.1 and figure 11. Differentiable once in q, k and v. A NaN or Inf in q or k shows in
+    appendix B.1 and figure 11. Differentiable once in q, k and v, in
+    reverse mode. A NaN or Inf in q or k shows in
     the outputs that may see it and in no other; in v too with "triton", while in the other paths
     it may show in any output of its head, as it may in gradients of any path.
 
@@ -52,7 +55,7 @@ def sparse_attention(
         k_BNHD: of q's shape, dtype and device.
         v_BNHD: of q's shape, dtype and device.
         pattern: built for this N: text tokens, then the image grid in raster order.
-        scale: multiplies the scores, above 0; ``D ** -0.5`` when None.
+        scale: multiplies the scores, 1e-30 to 1e30; ``D ** -0.5`` when None.
         backend: "triton" (block-sparse kernels; float16, bfloat16 or float32, D 32, 64 or 128 on
             an NVIDIA GPU), "windowed" (plain PyTorch, no N x N scores) or "naive" (the dense
             definition, float32). When None: triton on a GPU where it can run, else windowed.
@@ -146,15 +149,21 @@ def _check(q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor, pattern: Pattern) -> 
 def _scale(scale: float | None, q_BNHD: Tensor) -> float:
     if scale is None:
         return q_BNHD.shape[-1] ** -0.5
-    # the largest score must stay the largest, and a hidden one minus infinity
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale is {scale}; it must be a finite number above 0")
+    # the largest score must stay the largest, and a hidden one minus infinity, in float32
+    if not LEAST_SCALE <= scale <= 1 / LEAST_SCALE:
+        raise ValueError(
+            f"scale is {scale}; it must be {LEAST_SCALE:g} to {1 / LEAST_SCALE:g}, all above 0"
+        )
     return float(scale)
 
 
 @lru_cache(maxsize=128)
 def choose_backend(
-    backend: str | None, dtype: torch.dtype, device: torch.device, width: int, span: int
+    backend: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    width: int,
+    is_long: bool = False,
 ) -> str:
     """The path that attention over such tensors takes, and in the log why: once for each.
 
@@ -163,7 +172,7 @@ def choose_backend(
         dtype: of q, k and v.
         device: likewise.
         width: of a head, D.
-        span: elements from the first token of a head to past its last, at most.
+        is_long: whether the tokens of a head lie too far apart for 32-bit offsets.
 
     Returns:
         A name of ``BACKENDS``.
@@ -176,7 +185,7 @@ def choose_backend(
             f"backend {backend!r} does not exist; choose one of {', '.join(BACKENDS)}, "
             "or None for the fastest"
         )
-    obstacle = why_not_triton(dtype, device, width, span)
+    obstacle = why_not_triton(dtype, device, width, is_long)
     if backend == "triton" and obstacle:
         raise ValueError(
             f"backend 'triton' was asked for, but {obstacle}; use 'windowed', or None for the "
@@ -201,9 +210,15 @@ def _chosen(*what: Any) -> str:
 
 
 def _choose(backend: str | None, q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor) -> str:
-    _, N, _, D = q_BNHD.shape
-    span = N * max(q_BNHD.stride(1), k_BNHD.stride(1), v_BNHD.stride(1))
-    return _chosen(backend, q_BNHD.dtype, q_BNHD.device, D, span)
+    width = q_BNHD.shape[-1]
+    if torch.compiler.is_compiling():
+        # a size that is only a symbol becomes a number by comparison
+        width = next((w for w in WIDTHS if w == width), 0)
+    is_long = False
+    # and so does a comparison become a truth
+    if is_too_long(q_BNHD) or is_too_long(k_BNHD) or is_too_long(v_BNHD):
+        is_long = True
+    return _chosen(backend, q_BNHD.dtype, q_BNHD.device, width, is_long)
 
 
 @lru_cache(maxsize=32)

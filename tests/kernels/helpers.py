@@ -15,6 +15,7 @@ SMALL = [
     Pattern("conv", 6, 4, kernel=3),
     Pattern("conv", 2, 5, kernel=11),
     Pattern("conv", 6, 5, kernel=3, edge="clamp"),
+    Pattern("conv", 0, 5, kernel=7, edge="clamp"),
     Pattern("dense", 4, 3),
 ]
 LARGE = [

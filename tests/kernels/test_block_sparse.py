@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kernels import Pattern, packed_attention, sparse_attention
+from kernels.attention import launch
 from kernels.attention.backward import backward
 from kernels.attention.block_sparse import block_sparse_attention, packed_block_sparse_attention
 from kernels.attention.forward import forward
@@ -280,6 +281,46 @@ def test_operators_keep_the_rules_of_torch(operator):
     tensors = [x.requires_grad_() for x in tensors]
     op = getattr(torch.ops.daikon, operator).default
     torch.library.opcheck(op, (*tensors, "row 7 5 11 wrap", SCALE))
+
+
+def test_compiles_for_shapes_that_change():
+    patterns = Pattern("row", 7, 5), Pattern("row", 3, 4)
+
+    def loss(x, pattern):
+        return packed_attention(x, pattern, backend="triton").square().sum()
+
+    graph = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for pattern, batch, heads in [(patterns[0], 1, 2), (patterns[0], 3, 3), (patterns[1], 1, 1)]:
+        x = packed_qkv(pattern, batch=batch, heads=heads, width=32)[0].to(DEVICE)
+        assert torch.equal(graph(x, pattern), loss(x, pattern))
+
+
+def test_scores_below_all_that_float16_holds():
+    pattern = Pattern("row", 1, 9)
+    q = torch.full((1, pattern.n_tokens, 1, 32), 1e15, device=DEVICE)
+    v = packed_qkv(pattern, batch=1, heads=1, width=32)[0][:, :, 2].to(DEVICE)
+    # scores of -1.3e32, all equal: the mean of what is seen
+    got = block_sparse_attention(q, -4 * q, v, pattern, 1.0)
+    torch.testing.assert_close(got, naive_attention(q, -4 * q, v, pattern, 1.0))
+
+
+def test_a_gradient_with_tokens_far_apart_is_copied(monkeypatch):
+    pattern = Pattern("row", 7, 5)
+    packed, do = (x.to(DEVICE) for x in packed_qkv(pattern, heads=2, width=32))
+    want = outputs(lambda *x: block_sparse_attention(*x, pattern, SCALE), packed, do)
+    leaf = packed.clone().requires_grad_()
+    o = packed_block_sparse_attention(leaf, pattern, SCALE)
+    far = torch.zeros(*do.shape[:2], 5, *do.shape[2:], device=DEVICE)[:, :, 0].copy_(do)
+    monkeypatch.setattr(launch, "LONGEST", do.shape[1] * far.stride(1))
+    strides = []
+    monkeypatch.setattr(
+        "kernels.attention.backward.strides", lambda x: strides.append(x.stride()) or x.stride()[:3]
+    )
+    (grad,) = torch.autograd.grad(o, leaf, far)
+    assert do.stride() in strides
+    assert far.stride() not in strides
+    for name, x in zip(("dq", "dk", "dv"), grad.unbind(2), strict=True):
+        assert torch.equal(x, want[name]), name
 
 
 def test_second_derivatives_are_refused():

@@ -177,3 +177,8 @@ def test_wrong_arguments_are_named(arguments, sentence):
 def test_query_outside_the_image_is_named(i):
     with pytest.raises(ValueError, match=rf"image query {i} is outside the image; use 0 to 8"):
         Pattern("row", 2, 3).key_slots(i)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=name_of)
+def test_a_spelled_pattern_is_read_as_itself(pattern):
+    assert Pattern.read(pattern.spelled) == pattern
