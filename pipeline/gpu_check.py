@@ -272,7 +272,7 @@ def check(
     the rest still runs.
 
     Raises:
-        InputError: the tests failed, or, at the end, another stage did.
+        InputError: the tests failed or nothing ran; or, at the end, another stage failed.
     """
     failed: dict[str, str] = {}
     left_out = {name: "not asked for" for name in stages if name not in chosen}
@@ -300,6 +300,8 @@ def check(
         save()
     report["complete"] = not failed and not left_out
     save()
+    if not report["seconds"]:
+        raise InputError("nothing ran in the time that was given; give more --minutes")
     if failed:
         raise InputError(
             f"{path} holds the rest, but "
@@ -322,7 +324,7 @@ def main() -> None:
     parser.add_argument("--commit", default="", help="of the code; what git says when left out")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
     args = parser.parse_args()
-    require(args.minutes > 0, f"--minutes is {args.minutes}; it must be more than 0")
+    require(0 < args.minutes <= 60, f"--minutes is {args.minutes}; take more than 0, at most 60")
     if not torch.cuda.is_available() and not args.cpu:
         raise InputError("torch sees no CUDA device here, so there is nothing to check")
     watch, commit = Watch(args.minutes), args.commit or machine.commit()

@@ -227,6 +227,20 @@ def test_steps_are_those_of_the_bench_on_the_device_at_hand(
     assert asked[0][asked[0].index("--device") + 1] == "cuda"
 
 
+def test_nothing_run_is_no_success(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing ran in the time that was given; give more"):
+        checked(tmp_path, ALL, minutes=0.001)
+
+
+@pytest.mark.parametrize("minutes", ["0", "inf", "nan", "61"])
+def test_minutes_without_a_meaning_are_refused(
+    minutes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--cpu", "--minutes", minutes])
+    with pytest.raises(InputError, match="; take more than 0, at most 60"):
+        gpu_check.main()
+
+
 def test_the_file_has_the_name_of_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
