@@ -23,6 +23,7 @@ class MachineCode:
         registers: of one thread.
         spills: instructions that read or write registers kept in memory.
         shared: bytes of one program.
+        instructions: of the whole kernel.
         loops: instructions of each main loop, as ``main_loops`` finds them.
         columns: of tensor memory, of one program.
         wgmma: tensor products that the four warps of a Hopper warp group issue together.
@@ -33,6 +34,7 @@ class MachineCode:
     registers: int
     spills: int
     shared: int
+    instructions: int
     loops: tuple[int, ...]
     columns: int = 0
     wgmma: int = 0
@@ -103,6 +105,7 @@ def read_sass(dump: str, shared: int, columns: int = 0) -> MachineCode:
         registers=int(registers[1]),
         spills=sum(op.startswith(("LDL", "STL")) for op in ops),
         shared=shared,
+        instructions=len(code),
         loops=main_loops(code),
         columns=columns,
         wgmma=sum(op.startswith("HGMMA") for op in ops),

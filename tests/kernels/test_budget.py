@@ -47,8 +47,8 @@ def job(chip="sm_90", itemsize=2):
     return Job(chip, 64, itemsize, "dq", LAYER.pattern("row"), Tile(64, 64, 32, 4, 2))
 
 
-GOOD = MachineCode(registers=128, spills=0, shared=49152, loops=(271, 226), wgmma=42)
-RECORDED = {"registers": 128, "shared": 49152, "loops": [271, 226]}
+GOOD = MachineCode(128, 0, shared=49152, instructions=1210, loops=(271, 226), wgmma=42)
+RECORDED = {"registers": 128, "shared": 49152, "instructions": 1210, "loops": [271, 226]}
 
 
 def test_instructions_are_read_without_the_machine_code():
@@ -85,7 +85,7 @@ def test_loop_of_float32_products_is_known_by_their_number(op, n, loops):
 
 def test_figures_of_a_dump():
     assert read_sass(SASS, shared=49152) == MachineCode(
-        registers=104, spills=1, shared=49152, loops=(8, 3), wgmma=2
+        registers=104, spills=1, shared=49152, instructions=17, loops=(8, 3), wgmma=2
     )
 
 
@@ -117,6 +117,7 @@ def test_good_kernel_fits(chip):
     [
         ({"registers": 137}, "137 registers, at most 136"),
         ({"shared": 49153}, "49153 bytes of shared memory, at most 49152"),
+        ({"instructions": 1271}, "1271 instructions, at most 1270"),
         ({"loops": (280, 226)}, "280 instructions in loop 1, at most 279"),
         ({"loops": (271, 233)}, "233 instructions in loop 2, at most 232"),
         ({"loops": (271,)}, "1 loops, recorded are 2"),
@@ -127,8 +128,8 @@ def test_figure_over_the_recorded_one_is_named(change, words):
 
 
 def test_little_more_or_anything_less_is_no_complaint():
-    more = {"registers": 136, "loops": (279, 232)}
-    less = {"registers": 90, "shared": 0, "loops": (10, 10)}
+    more = {"registers": 136, "instructions": 1270, "loops": (279, 232)}
+    less = {"registers": 90, "shared": 0, "instructions": 40, "loops": (10, 10)}
     for change in ({}, more, less):
         assert grown(MachineCode(**vars(GOOD) | change), RECORDED) == []
 
@@ -136,6 +137,7 @@ def test_little_more_or_anything_less_is_no_complaint():
 def test_record_is_of_the_table():
     recorded = json.loads(budget.RECORD.read_text())
     assert list(recorded["kernels"]) == list(table())
+    assert {tuple(figures) for figures in recorded["kernels"].values()} == {budget.RECORDED}
     assert set(budget.FAST) <= set(table())
 
 
@@ -176,7 +178,7 @@ def test_fast_check_passes():
     assert f"{len(budget.FAST)} kernels" in result.stdout
 
 
-# one process for both: importing torch and triton takes longer than a kernel
+# one process for all: importing torch and triton takes longer than a kernel
 WORSE = f"""
 import json, pathlib, sys
 from kernels import budget, tiles
@@ -188,6 +190,7 @@ recorded = budget.RECORD
 record = json.loads(recorded.read_text())
 loops = record["kernels"][name]["loops"]
 record["kernels"][name]["loops"] = [int(0.9 * n) for n in loops]
+record["kernels"][name]["instructions"] //= 2
 budget.RECORD = folder / "budget.json"
 budget.RECORD.write_text(json.dumps(record))
 print("loops", budget.main(command))
@@ -196,18 +199,24 @@ budget.RECORD = recorded
 tiles.table()[name] = tiles.Tile(128, 128, 32, 4, 2)
 tiles.tile_for.cache_clear()
 print("tile", budget.main(command))
+
+del tiles.table()[name]
+tiles.tile_for.cache_clear()
+print("line", budget.main(command))
 """
 
 
-def test_worse_kernel_is_exit_code_1(tmp_path):
+def test_worse_kernel_is_exit_code_1_and_none_is_2(tmp_path):
     result = run("-c", WORSE, str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     loops, tile = result.stdout.split("loops 1\n")
     assert f"{ROW_DKDV}: " in loops
     assert "instructions in loop 1, at most" in loops
+    assert " instructions, at most" in loops
     assert f"{ROW_DKDV}: " in tile
     assert "spills, at most 0" in tile
-    assert tile.endswith("tile 1\n")
+    assert tile.endswith("tile 1\nline 2\n")
+    assert f'tiles.json has no line "{ROW_DKDV}"; restore it' in result.stderr
 
 
 @pytest.mark.slow
