@@ -31,6 +31,9 @@ CHIPS = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448
 # a tensor core's product is at least 16 on each side
 SMALLEST = 16
 
+# 1,024 threads
+MOST_WARPS = 32
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -44,7 +47,7 @@ class Tile:
         stages: depth of the software pipeline, at least 1.
 
     Raises:
-        ValueError: a size that is no int, no power of two or too small, or local above rows.
+        ValueError: a size that is no int, no power of two, too small or too large.
     """
 
     rows: int
@@ -58,6 +61,8 @@ class Tile:
             value, least = getattr(self, name), 1 if name == "warps" else SMALLEST
             if type(value) is not int or value < least or value & (value - 1):
                 raise ValueError(f"{name} is {value!r}; it must be a power of two from {least} on")
+        if self.warps > MOST_WARPS:
+            raise ValueError(f"warps is {self.warps}; a program has at most {MOST_WARPS}")
         if self.local > self.rows:
             raise ValueError(f"local is {self.local}; it must be at most rows, {self.rows}")
         if type(self.stages) is not int or self.stages < 1:
@@ -137,7 +142,10 @@ def _tile(name: str, sizes: dict[str, Any]) -> Tile:
 def write_table(tiles: dict[str, Tile]) -> None:
     """Replace ``tiles.json``: one line a tile, in the order of its keys."""
     lines = (f"  {json.dumps(name)}: {json.dumps(asdict(tile))}" for name, tile in tiles.items())
-    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    # whole or not at all: who is stopped here must not leave half a table
+    part = TABLE.with_name(TABLE.name + ".part")
+    part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    part.replace(TABLE)
     table.cache_clear()
     tile_for.cache_clear()
 

@@ -2,7 +2,7 @@
 
 A layer of the 12B model (``kernels.speed.shapes``), by pattern and pass. Candidates are compiled
 and run once in processes of their own, so that one that does not compile, needs too much shared
-memory or crashes costs nothing else; their results are held to that of the tile in the table, and
+memory or crashes costs little else; their results are held to that of the tile in the table, and
 those that pass are timed in turns with it. A line changes only where the gain in the median is
 larger than the spread of the runs. The times of dq and dkdv are those of the whole backward pass.
 """
@@ -36,6 +36,8 @@ RUNS = 30
 COMPILING = 0.6
 # each takes seconds to start, which its share of some 170 candidates must repay
 MOST_PROCESSES = 12
+# an illegal access spoils what its process tries after it: then these at most
+TRIALS_OF_A_PROCESS = 8
 # GPU memory of a process: 1 GB of tensors, which are drawn in float32, 0.5 GB of CUDA, twice
 PROCESS_BYTES = 3e9
 # float16 reads the lines of bfloat16
@@ -163,7 +165,9 @@ def that_run(
     free_bytes = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else PROCESS_BYTES
     n = min(MOST_PROCESSES, os.cpu_count() or 1, int(free_bytes / PROCESS_BYTES), len(trials))
     running, failed = set(), dict.fromkeys(trials, "not compiled in time")
-    with multiprocessing.get_context(start).Pool(max(n, 1)) as pool:
+    with multiprocessing.get_context(start).Pool(
+        max(n, 1), maxtasksperchild=TRIALS_OF_A_PROCESS
+    ) as pool:
         results = pool.imap_unordered(attempt, trials)
         for _ in trials:
             try:

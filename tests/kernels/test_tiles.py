@@ -44,6 +44,7 @@ def test_table_has_every_line_and_no_other():
         ({"step": 0}, "step is 0; it must be a power of two from 16 on"),
         ({"local": -32}, "local is -32; it must be a power of two from 16 on"),
         ({"warps": 3}, "warps is 3; it must be a power of two from 1 on"),
+        ({"warps": 64}, "warps is 64; a program has at most 32"),
         ({"local": 128}, "local is 128; it must be at most rows, 64"),
         ({"stages": 0}, "stages is 0; it must be at least 1"),
         ({"stages": 1.5}, "stages is 1.5; it must be at least 1"),
