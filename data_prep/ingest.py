@@ -26,7 +26,7 @@ from typing import Any, TextIO
 
 from PIL import Image
 
-from data_prep.sources import RawPair, open_source, survey
+from data_prep.sources import RawPair, all_rows, survey
 from pipeline.console import Bar, InputError, command, logger
 from pipeline.data.images import PIXEL_LIMIT, ImageError, Pixels, inspect_image
 from pipeline.data.schema import image_sha, read_json
@@ -246,7 +246,7 @@ def _with_bar(sources: list[Path], ledger: Ledger, n_bytes: int) -> Iterator[Raw
     total, seen = -(-n_bytes // MIB), 0
     with Bar("ingest, MiB", total) as bar:
         for source in sources:
-            for pair in open_source(source):
+            for pair in all_rows(source):
                 yield pair
                 seen += pair.n_bytes
                 note = f"{ledger.rows_out} pairs, {ledger.rejects.total()} rejects"

@@ -10,7 +10,7 @@ from PIL import Image
 from data_prep import scenes
 from data_prep.ingest import ingest
 from data_prep.scenes import write_scenes
-from data_prep.sources import open_source
+from data_prep.sources import all_rows
 from pipeline.console import InputError
 from pipeline.evaluation.scenes import COLOURS, HELD_OUT, RELATIONS, SHAPES, read
 
@@ -22,7 +22,7 @@ def pairs_of(folder):
 
 
 def captions(folder):
-    return [row.caption.decode().strip() for row in open_source(folder)]
+    return [row.caption.decode().strip() for row in all_rows(folder)]
 
 
 def named(caption):
@@ -33,7 +33,7 @@ def named(caption):
 
 def test_pictures_show_what_their_captions_say(tmp_path):
     write_scenes(tmp_path / "s", 12, 48, seed=3, hold_out=False, two_objects=0.0)
-    rows = list(open_source(tmp_path / "s"))
+    rows = list(all_rows(tmp_path / "s"))
     assert [row.key for row in rows] == [f"00000/{i:08d}" for i in range(12)]
     for i, row in enumerate(rows):
         pixels = np.asarray(Image.open(tmp_path / "s" / "00000" / f"{i:08d}.png"))

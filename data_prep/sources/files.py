@@ -5,14 +5,6 @@ the source, is its key. Archives in a folder count as the folder that they lie i
 unpacked: a member is read where it stands. Memory holds the names of one folder or one archive,
 and one pair.
 
-What cannot be a pair is not left out in silence: it comes as a ``RawPair`` with a ``problem``:
-
-    "broken link" · "caption missing" · "caption too long" · "damaged archive" ·
-    "file cannot be read" · "file name not UTF-8" · "folder cannot be read" ·
-    "image file too large" · "image missing" · "link loop" · "not a regular file" ·
-    "not a tar archive" · "path escapes the archive" · "several captions of one name" ·
-    "several images of one name" · "truncated archive"
-
 Files that are neither picture nor caption, and hidden ones, are no rows.
 """
 
@@ -26,30 +18,12 @@ from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 
+from data_prep.sources.rows import CAPTION_LIMIT, IMAGE_LIMIT, IMAGE_SUFFIXES, RawPair
 from pipeline.console import InputError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
-CAPTION_LIMIT = 64 << 10  # bytes; longer text files are not read at all
-IMAGE_LIMIT = 64 << 20  # bytes
 DEPTH_LIMIT = 64  # folders within folders
 TAR_BLOCK = 512
 TAR_RECORD = 10_240  # archives are padded to this
-
-
-@dataclass(frozen=True)
-class RawPair:
-    """One row of a source, not yet looked into.
-
-    ``problem`` is None for a whole pair, else one of the names above with ``detail`` for people;
-    the bytes are then None. ``n_bytes`` is what the row takes of the source (see ``survey``).
-    """
-
-    key: str
-    image: bytes | None
-    caption: bytes | None
-    problem: str | None = None
-    detail: str = ""
-    n_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +44,7 @@ class _File:
     detail: str = ""
 
 
-def open_source(path: str | Path) -> Iterator[RawPair]:
+def all_rows(path: str | Path) -> Iterator[RawPair]:
     """All rows of a folder tree or of one ``.tar``, sorted by key (by archive first).
 
     Raises:

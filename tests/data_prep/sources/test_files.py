@@ -4,8 +4,8 @@ import tarfile
 
 import pytest
 
-from data_prep import sources
-from data_prep.sources import CAPTION_LIMIT, IMAGE_LIMIT, open_source, survey
+from data_prep.sources import all_rows, files, survey
+from data_prep.sources.rows import CAPTION_LIMIT, IMAGE_LIMIT
 from pipeline.console import InputError
 
 
@@ -39,11 +39,11 @@ def link(name, kind=tarfile.SYMTYPE, to="/etc/passwd"):
 
 
 def rows(path):
-    return list(open_source(path))
+    return list(all_rows(path))
 
 
 def problems(path):
-    return {row.key: row.problem for row in open_source(path)}
+    return {row.key: row.problem for row in all_rows(path)}
 
 
 def test_a_folder_gives_sorted_pairs_with_path_keys(tmp_path):
@@ -105,7 +105,7 @@ def test_huge_files_are_not_read(tmp_path, monkeypatch, name, limit, problem):
     def read(file):
         raise AssertionError("read")
 
-    monkeypatch.setattr(sources, "_read", read)
+    monkeypatch.setattr(files, "_read", read)
     assert problems(tmp_path) == {"a": problem}
 
 
@@ -156,7 +156,7 @@ def test_pipes_and_devices_do_not_hang(tmp_path):
 def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch):
     fill(tmp_path, a_png=b"i", a_txt=b"c", locked__b_png=b"i", z_png=b"i", z_txt=b"c")
     fill(tmp_path, shrunk_png=b"i", shrunk_txt=b"c")
-    scandir, read = os.scandir, sources._read
+    scandir, read = os.scandir, files._read
 
     def denied(path):
         if str(path).endswith("locked"):
@@ -169,7 +169,7 @@ def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch):
         return read(file)[: -1 if file.stem == "shrunk" else None]
 
     monkeypatch.setattr(os, "scandir", denied)
-    monkeypatch.setattr(sources, "_read", unreadable)
+    monkeypatch.setattr(files, "_read", unreadable)
     assert problems(tmp_path) == {
         "a": "file cannot be read",
         "locked": "folder cannot be read",
