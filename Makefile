@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV = .venv/bin/python
 STAMP = .venv/.installed
 
-.PHONY: demo test test-slow lint bench gpu-check clean
+.PHONY: demo test test-slow test-ray lint bench gpu-check clean
 
 demo: $(STAMP)
 	./demo.sh
@@ -16,6 +16,11 @@ test: $(STAMP)
 # what starts several processes, or takes long
 test-slow: $(STAMP)
 	$(VENV) -m pytest -m "slow or dist" --durations=10
+
+# --engine ray, on a local cluster; installs requirements-ray.txt
+test-ray: $(STAMP)
+	$(VENV) -m pip install -q --upgrade-strategy only-if-needed -r requirements-ray.txt
+	$(VENV) -m pytest -m ray --durations=10
 
 lint: $(STAMP)
 	$(VENV) -m ruff check .
