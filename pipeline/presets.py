@@ -1,15 +1,12 @@
 """Named runs. Every number that is the paper's says where it stands there (arXiv 2102.12092)."""
 
 import dataclasses
-import importlib.util
 import inspect
-import sys
-import traceback
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import DalleConfig, DalleRun, DvaeConfig, DvaeRun, Optimizer, Ramp
 from pipeline.console import InputError
+from pipeline.plugin import blame, load_function
 
 Run = DvaeRun | DalleRun
 
@@ -196,34 +193,10 @@ def load(name: str, **changes: Any) -> Run:
 
 
 def _from_file(name: str) -> Any:
-    path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
-        raise InputError(f"preset {name!r}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location("user_presets", path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"preset {name!r}: {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look for the module that defines them there
-    sys.modules[spec.name] = module
+    function = load_function(name, "preset")
     try:
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, function, None)):
-            raise InputError(f"preset {name!r}: {path} has no function {function}")
-        return getattr(module, function)()
+        return function()
     except InputError:
         raise
     except Exception as error:  # the code is the user's: it may raise anything
-        raise InputError(
-            f"preset {name!r} cannot be made: {type(error).__name__}: {error}{_line(error, path)}; "
-            "correct the file"
-        ) from error
-
-
-def _line(error: Exception, path: str) -> str:
-    """Where in the user's file it happened."""
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == str(Path(path).absolute()) or frame.filename == path
-    ]
-    return f" (line {lines[-1]})" if lines else ""
+        raise InputError(f"preset {name!r} cannot be made: {blame(error, name)}") from error

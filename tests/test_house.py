@@ -16,7 +16,7 @@ ALLOWED = {
 }
 # inside pipeline, from the ground up; entry points stand on all of them
 FLOORS = [
-    "console files",
+    "console files plugin",
     "config",
     "presets weights",
     "data models",
