@@ -6,6 +6,7 @@ vocabulary, Y X grid of codes; an image is [B, C, 8 Y, 8 X].
 """
 
 import math
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.config import LAYER_GROUPS, DvaeConfig, as_dict
 from pipeline.console import InputError
+from pipeline.models.released import read_released
 from pipeline.weights import load_weights, save_weights
 
 EPS = 0.1  # of the pixel map: appendix A.3
@@ -270,3 +272,42 @@ def load_dvae(folder: str | Path, device: str | torch.device = "cpu") -> tuple[D
     dvae = DiscreteVAE(artifact.config_as(DvaeConfig))
     artifact.fill(dvae)
     return dvae.to(device).eval().requires_grad_(False), artifact.fingerprint
+
+
+def load_openai(
+    encoder_path: str | Path, decoder_path: str | Path, image_size: int = 256
+) -> DiscreteVAE:
+    """The dVAE that OpenAI released, frozen, in evaluation mode, float32 on the CPU.
+
+    Args:
+        encoder_path: encoder.pkl, as downloaded; nothing in it is run.
+        decoder_path: decoder.pkl, likewise.
+        image_size: pixels a side of the pictures that it is to take; it was trained with 256.
+
+    Raises:
+        InputError: files that ``read_released`` refuses, halves of two models.
+    """
+    encoder = read_released(encoder_path, "Encoder")
+    decoder = read_released(decoder_path, "Decoder")
+    n_vocab, *_ = encoder.shape("blocks.output.conv.w")
+    n_hid, *_ = encoder.shape("blocks.input.w")
+    n_init, *_ = decoder.shape("blocks.input.w")
+    first_of_block = re.compile(r"blocks\.group_1\.block_\d+\.res_path\.conv_1\.w")
+    n_blk = sum(first_of_block.fullmatch(name) is not None for name in encoder.tensors)
+    config = DvaeConfig(image_size, n_vocab, n_hid, n_init, n_blk)
+    with torch.device("meta"):  # no memory before everything is known to fit
+        dvae = DiscreteVAE(config)
+    halves = ((encoder, dvae.encoder), (decoder, dvae.decoder))
+    for half, module in halves:
+        wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in half.tensors.items()}
+        if wanted != found:
+            name = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
+            raise InputError(
+                f"{half.path}: {name} has shape {found.get(name)}, and beside the first layers of "
+                f"{encoder.path} it must have {wanted.get(name)}; name the two halves of one model"
+            )
+    dvae.to_empty(device="cpu")
+    for half, module in halves:
+        module.load_state_dict(half.tensors)
+    return dvae.eval().requires_grad_(False)
