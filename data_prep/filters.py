@@ -27,6 +27,7 @@ from pipeline.plugin import blame, load_function
 MIN_SIDE = 8  # pixels: what is smaller shows nothing, enlarged or not
 CONFIDENT = 0.5  # probability from which a caption in Latin letters is foreign
 FAR_BEHIND = 20  # times that English is less probable then
+MAX_REASONS = 100  # of a user's score
 LATIN_END = "\u0250"
 ENGLISH = ("en", "pcm")  # the detector takes one caption in some hundreds for Nigerian Pidgin
 TOKEN = re.compile(r"\w+")
@@ -274,7 +275,7 @@ def load_score(spec: str) -> Score:
 
     The function takes a list of pictures uint8 [H, W, 3] of any sizes and a list of their captions,
     and gives a list as long: None for a pair to keep, else the reason to leave it out. Reasons are
-    counted, so they should be few. It should not depend on how pairs come together.
+    counted, so they are few. It should not depend on how pairs come together.
 
     Returns:
         The function, which raises an InputError where the user's code raises anything or gives
@@ -284,6 +285,7 @@ def load_score(spec: str) -> Score:
         InputError: no such file or function, or the file cannot be run.
     """
     function = load_function(spec, "score")
+    given: set[str | None] = set()
 
     def score(pictures: list[Pixels], captions: list[str]) -> list[str | None]:
         try:
@@ -304,6 +306,12 @@ def load_score(spec: str) -> Score:
                     f"score {spec!r} gives {reason!r}; it gives None to keep a picture, else the "
                     "reason to leave it out in a few words"
                 )
+            given.add(reason)
+        if len(given) > MAX_REASONS:
+            raise InputError(
+                f"score {spec!r} gives more than {MAX_REASONS} different reasons, such as "
+                f"{max(filter(None, given))!r}; they are counted: leave numbers out of them"
+            )
         return reasons
 
     return score

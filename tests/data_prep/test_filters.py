@@ -374,6 +374,14 @@ def test_a_filter_that_gives_something_else_is_an_input_error(tmp_path, result, 
         judge([PICTURE, PICTURE], ["a", "b"])
 
 
+def test_reasons_that_could_not_be_counted_are_refused(tmp_path):
+    judge = score(tmp_path, "def judge(pictures, captions):\n    return captions\n")
+    for i in range(100):
+        assert judge([PICTURE, PICTURE], [f"reason {i}", "reason 0"]) == [f"reason {i}", "reason 0"]
+    with pytest.raises(InputError, match=r"more than 100 different reasons, such as 'reason 99'"):
+        judge([PICTURE], ["reason 100"])
+
+
 @pytest.mark.parametrize(
     ("code", "name", "match"),
     [
