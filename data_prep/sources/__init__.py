@@ -1,6 +1,87 @@
-"""Where pairs come from: folders, WebDataset archives, Parquet tables, COCO captions, TSV lists."""
+"""Where pairs come from: folders, WebDataset archives, Parquet tables, COCO captions, TSV lists.
 
-from data_prep.sources.files import all_rows, survey
+``open_source`` finds out which; ``Source.pieces`` divides it and ``Source.rows`` reads a piece.
+"""
+
+import os
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+
+from data_prep.sources.archive import ArchiveSource
+from data_prep.sources.coco import CocoSource
+from data_prep.sources.folder import FolderSource
 from data_prep.sources.rows import CAPTION_LIMIT, IMAGE_LIMIT, Piece, RawPair, Source
+from data_prep.sources.table import TableSource
+from data_prep.sources.tsv import TsvSource
+from pipeline.console import InputError
+from pipeline.data.places import Place
 
-__all__ = ["CAPTION_LIMIT", "IMAGE_LIMIT", "Piece", "RawPair", "Source", "all_rows", "survey"]
+__all__ = [
+    "CAPTION_LIMIT",
+    "IMAGE_LIMIT",
+    "Piece",
+    "RawPair",
+    "Source",
+    "all_rows",
+    "open_source",
+    "survey",
+]
+
+PIECE_ROWS = 65_536  # of ``all_rows`` and ``survey``
+
+
+def open_source(uri: str | Path, images: str | Path | None = None) -> Source:
+    """The source at a path or an s3:// or gs:// URI.
+
+    Args:
+        uri: a folder, a .tar, a .parquet, a .json of COCO captions, or a .tsv.
+        images: the folder of the pictures that a .json, a .tsv or a .parquet names.
+
+    Raises:
+        InputError: there is nothing, nothing of these, or it cannot be read.
+    """
+    place = Place(uri)
+    folder = None if images is None else Place(images)
+    if folder is not None and not folder.is_folder():
+        raise InputError(f"{folder.uri} is no folder: name the one that the pictures are in")
+    kind = os.path.splitext(place.name)[1].lower()
+    if place.is_folder():
+        kind = "folder"
+    elif not place.exists():
+        raise InputError(
+            f"source {place.uri} does not exist: name a folder, or a .tar, .parquet, .json or .tsv"
+        )
+    if kind == ".parquet":
+        return TableSource(place, folder)
+    if kind == ".tsv":
+        return TsvSource(place, folder)
+    if kind == ".json":
+        if folder is None:
+            raise InputError(f"{place.uri} names pictures: name the folder that they are in, too")
+        return CocoSource(place, folder)
+    if kind not in ("folder", ".tar"):
+        raise InputError(
+            f"source {place.uri} is neither a folder nor a .tar, .parquet, .json or .tsv: "
+            "decompress or unpack it first"
+        )
+    if folder is not None:
+        raise InputError(f"{place.uri} has its pictures with it: leave out {folder.uri}")
+    return FolderSource(place) if kind == "folder" else ArchiveSource(place)
+
+
+def all_rows(path: str | Path) -> Iterator[RawPair]:
+    """All rows of a source."""
+    source = open_source(path)
+    for piece in source.pieces(PIECE_ROWS):
+        yield from source.rows(piece)
+
+
+def survey(path: str | Path) -> tuple[int, str]:
+    """Size of a source in bytes, and a sha256 over names and sizes of its files."""
+    total, digest = 0, sha256()
+    for piece in open_source(path).pieces(PIECE_ROWS):
+        total += piece.n_bytes
+        for file in piece.files:
+            digest.update(repr(file).encode())
+    return total, digest.hexdigest()

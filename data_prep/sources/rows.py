@@ -12,12 +12,14 @@ What stops a job instead is an ``InputError``: the source itself is gone, cannot
 no longer what its pieces were made of.
 """
 
+import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.places import Place
+from pipeline.console import InputError
+from pipeline.data.places import FileProblem, Place
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 CAPTION_LIMIT = 64 << 10  # bytes; longer captions are not read at all
@@ -120,3 +122,138 @@ class Source(ABC):
         Raises:
             InputError: the source is gone, cannot be reached, or has changed since it was divided.
         """
+
+
+@dataclass(frozen=True)
+class Part:
+    """A picture or a caption in a file of its own, or in an archive at ``offset``.
+
+    ``stem`` and ``suffix`` (lower case) make its name; it takes ``n_bytes`` of the source.
+    """
+
+    stem: str
+    suffix: str
+    size: int = 0
+    offset: int = 0
+    n_bytes: int = 0
+    problem: str | None = None
+    detail: str = ""
+
+
+def why_no_pair(parts: list[Part], has_caption: bool = False) -> tuple[str, str] | None:
+    """Problem and detail of files of one stem, seen before any of them is read.
+
+    Args:
+        parts: pictures and .txt, at least one.
+        has_caption: whether a caption was found elsewhere.
+    """
+    for part in parts:
+        if part.problem is not None:
+            return part.problem, part.detail
+    try:
+        parts[0].stem.encode()
+    except UnicodeEncodeError:
+        return "file name not UTF-8", "rename it"
+    captions = [part for part in parts if part.suffix == ".txt"]
+    images = [part for part in parts if part.suffix != ".txt"]
+    if len(images) > 1:
+        return "several images of one name", " ".join(part.suffix for part in images)
+    if len(captions) > 1:
+        return "several captions of one name", "suffixes that differ in case"
+    if not images:
+        return "image missing", "no picture beside the .txt"
+    if not captions and not has_caption:
+        return "caption missing", f"no .txt beside the {images[0].suffix}"
+    if captions and captions[0].size > CAPTION_LIMIT:
+        return "caption too long", f"{captions[0].size} bytes, the limit is {CAPTION_LIMIT}"
+    if images[0].size > IMAGE_LIMIT:
+        return "image file too large", f"{images[0].size} bytes, the limit is {IMAGE_LIMIT}"
+    return None
+
+
+# how a problem of one picture's file is named in a row
+PICTURE_PROBLEMS = {
+    "missing": "image missing",
+    "escapes": "path escapes the folder",
+    "too large": "image file too large",
+    "not a regular file": "not a regular file",
+    "cannot be read": "file cannot be read",
+}
+
+
+def as_key(name: str) -> str:
+    """A key that ledgers and shards, which are UTF-8, can hold."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def broken(key: str, problem: str, detail: str, n_bytes: int = 0, group: str = "") -> RawPair:
+    """A row that is no pair."""
+    return RawPair(as_key(key), None, None, problem, as_key(detail), n_bytes, as_key(group))
+
+
+def caption_problem(caption: bytes | None) -> tuple[str, str] | None:
+    """Problem and detail of a caption that no picture is read for."""
+    if caption is None:
+        return "caption missing", "the source has none for it"
+    if len(caption) > CAPTION_LIMIT:
+        return "caption too long", f"{len(caption)} bytes, the limit is {CAPTION_LIMIT}"
+    return None
+
+
+def paths_in(place: Place, path: str, folder: str = "") -> list[str]:
+    """Where in a place a picture may be that a list names by ``path``, first to last.
+
+    From ``folder``, the one that the list lies in; then from the root. Absolute paths count when
+    they lead into the place.
+    """
+    if place.is_local and path.startswith(f"{place.uri}/"):
+        return [path[len(place.uri) + 1 :]]
+    paths = (posixpath.normpath(posixpath.join(start, path)) for start in (folder, ""))
+    inside = [p for p in dict.fromkeys(paths) if p != ".." and not p.startswith(("/", "../"))]
+    return inside or [path]
+
+
+def pair_by_path(
+    place: Place, key: str, caption: bytes | None, files: list[str], n_bytes: int = 0
+) -> RawPair:
+    """The row whose picture is the first of ``files`` (relative to ``place``) that there is.
+
+    Rows of one file are one group.
+    """
+    if found := caption_problem(caption):
+        return broken(key, *found, n_bytes)
+    problem, detail = "image missing", "the source names no file for it"
+    for file in files:
+        try:
+            file.encode()
+            image = place.read(file, limit=IMAGE_LIMIT)
+        except UnicodeEncodeError:
+            return broken(key, "file name not UTF-8", f"rename {file}", n_bytes)
+        except FileProblem as error:
+            problem, detail = PICTURE_PROBLEMS[error.problem], f"{file}: {error.detail}"
+            if error.problem == "missing":
+                continue
+            break
+        return RawPair(as_key(key), image, caption, n_bytes=n_bytes, group=file, file=file)
+    return broken(key, problem, detail, n_bytes)
+
+
+def check_unit(place: Place, piece: Piece) -> None:
+    """Hold the file of a piece against the size that it was planned with.
+
+    Raises:
+        FileProblem: it is there but cannot be read.
+        InputError: it is gone, or has another size.
+    """
+    planned = piece.files[0][1]
+    try:
+        size = place.size(piece.unit)
+    except FileProblem as error:
+        if error.problem != "missing":
+            raise
+        raise InputError(f"{error}; bring it back, or plan anew without it") from error
+    if size != planned:
+        raise InputError(
+            f"{place.uri}, file {piece.unit}: it has {size} bytes and had {planned} when the job "
+            "was planned; bring the old one back, or plan anew in another folder"
+        )

@@ -38,7 +38,7 @@ def test_any_range_of_a_file_can_be_read(tmp_path):
             expected = data[offset:] if size is None else data[offset : offset + size]
             assert place.read("sub/a.bin", offset, size) == expected
     assert Place(tmp_path / "sub" / "a.bin").read() == data
-    with pytest.raises(FileProblem, match=r"it has 1000 bytes, byte 1001 was asked for"):
+    with pytest.raises(FileProblem, match=r"it has 1000 bytes, bytes 1 to 1001 were asked for"):
         place.read("sub/a.bin", 1, 1000)
 
 

@@ -1,49 +1,12 @@
-import io
 import os
-import tarfile
+from pathlib import Path
 
 import pytest
 
-from data_prep.sources import all_rows, files, survey
-from data_prep.sources.rows import CAPTION_LIMIT, IMAGE_LIMIT
+from data_prep.sources import CAPTION_LIMIT, IMAGE_LIMIT, open_source, survey
 from pipeline.console import InputError
-
-
-def fill(folder, **files):
-    """Write files named ``sub__name_suffix``: ``__`` is a slash and the last ``_`` a dot."""
-    for name, content in files.items():
-        path = folder / ".".join(name.replace("__", "/").rsplit("_", 1))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return folder
-
-
-def make_tar(path, *members):
-    """An archive of (name, bytes) and of ready-made TarInfo members."""
-    with tarfile.open(path, "w") as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-                continue
-            name, content = member
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def link(name, kind=tarfile.SYMTYPE, to="/etc/passwd"):
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, to
-    return info
-
-
-def rows(path):
-    return list(all_rows(path))
-
-
-def problems(path):
-    return {row.key: row.problem for row in all_rows(path)}
+from pipeline.data.places import Place
+from tests.data_prep.sources.helpers import fill, make_tar, problems, rows
 
 
 def test_a_folder_gives_sorted_pairs_with_path_keys(tmp_path):
@@ -102,10 +65,10 @@ def test_huge_files_are_not_read(tmp_path, monkeypatch, name, limit, problem):
     assert problems(tmp_path) == {"a": None}
     os.truncate(tmp_path / f"a.{name}", limit + 1)
 
-    def read(file):
+    def pread(*args):
         raise AssertionError("read")
 
-    monkeypatch.setattr(files, "_read", read)
+    monkeypatch.setattr(os, "pread", pread)
     assert problems(tmp_path) == {"a": problem}
 
 
@@ -156,20 +119,21 @@ def test_pipes_and_devices_do_not_hang(tmp_path):
 def test_what_cannot_be_opened_is_named(tmp_path, monkeypatch):
     fill(tmp_path, a_png=b"i", a_txt=b"c", locked__b_png=b"i", z_png=b"i", z_txt=b"c")
     fill(tmp_path, shrunk_png=b"i", shrunk_txt=b"c")
-    scandir, read = os.scandir, files._read
+    scandir, pread = os.scandir, os.pread
 
     def denied(path):
         if str(path).endswith("locked"):
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
-    def unreadable(file):
-        if file.stem == "a":
+    def unreadable(descriptor, n_bytes, offset):
+        stem = Path(os.readlink(f"/proc/self/fd/{descriptor}")).stem
+        if stem == "a":
             raise OSError(5, "Input/output error")
-        return read(file)[: -1 if file.stem == "shrunk" else None]
+        return pread(descriptor, n_bytes, offset)[: -1 if stem == "shrunk" else None]
 
     monkeypatch.setattr(os, "scandir", denied)
-    monkeypatch.setattr(files, "_read", unreadable)
+    monkeypatch.setattr(os, "pread", unreadable)
     assert problems(tmp_path) == {
         "a": "file cannot be read",
         "locked": "folder cannot be read",
@@ -193,24 +157,6 @@ def test_a_missing_or_wrong_source_is_an_input_error(tmp_path, path):
             look(tmp_path / path)
 
 
-# ---- archives
-
-
-def test_an_archive_gives_sorted_pairs_in_any_order(tmp_path):
-    members = [("./b.txt", b"two"), ("a.png", b"A"), ("sub/b.png", b"S"), ("a.txt", b"one")]
-    archive = make_tar(tmp_path / "x.tar", *members, ("sub/b.txt", b"three"), ("./b.png", b"B"))
-    found = rows(archive)
-    assert [row.key for row in found] == ["a", "b", "sub/b"]
-    assert [row.image for row in found] == [b"A", b"B", b"S"]
-    assert [row.caption for row in found] == [b"one", b"two", b"three"]
-
-
-def test_long_and_unicode_names_in_an_archive(tmp_path):
-    name = "日本/" + "long" * 60
-    archive = make_tar(tmp_path / "x.tar", (f"{name}.png", b"i"), (f"{name}.txt", b"c"))
-    assert problems(archive) == {name: None}
-
-
 def test_archives_in_a_folder_are_read_in_place(tmp_path):
     fill(tmp_path, a_png=b"i", a_txt=b"c")
     (tmp_path / "en").mkdir()
@@ -222,86 +168,6 @@ def test_archives_in_a_folder_are_read_in_place(tmp_path):
     assert {row.problem for row in found} == {None}
 
 
-def test_members_that_escape_or_are_no_files_are_rejected(tmp_path):
-    secret = tmp_path / "secret.png"
-    secret.write_bytes(b"secret")
-    device = tarfile.TarInfo("device.png")
-    device.type = tarfile.CHRTYPE
-    archive = make_tar(
-        tmp_path / "x.tar",
-        ("../up.png", b"i"),
-        ("../up.txt", b"c"),
-        ("/absolute.png", b"i"),
-        ("a/../../b.png", b"i"),
-        ("C:\\windows.png", b"i"),
-        link("soft.png", to=str(secret)),
-        ("soft.txt", b"c"),
-        link("hard.png", tarfile.LNKTYPE, "good.png"),
-        device,
-        ("good.png", b"i"),
-        ("good.txt", b"c"),
-    )
-    assert problems(archive) == {
-        "../up": "path escapes the archive",
-        "/absolute": "path escapes the archive",
-        "C:\\windows": "path escapes the archive",
-        "a/../../b": "path escapes the archive",
-        "device": "not a regular file",
-        "good": None,
-        "hard": "not a regular file",
-        "soft": "not a regular file",
-    }
-    assert sorted(os.listdir(tmp_path)) == ["secret.png", "x.tar"]
-
-
-def whole(path):
-    image = os.urandom(3000)
-    return make_tar(path, ("a.png", image), ("a.txt", b"c"), ("b.png", image), ("b.txt", b"c"))
-
-
-@pytest.mark.parametrize(
-    ("cut", "expected"),
-    [
-        (100, {"x.tar": "truncated archive"}),
-        (512, {"a": "truncated archive", "x.tar": "truncated archive"}),
-        (2000, {"a": "truncated archive", "x.tar": "truncated archive"}),
-        (5000, {"a": None, "x.tar": "truncated archive"}),
-        (5120, {"a": None, "b": "truncated archive", "x.tar": "truncated archive"}),
-        (7000, {"a": None, "b": "truncated archive", "x.tar": "truncated archive"}),
-        (9216, {"a": None, "b": None, "x.tar": "truncated archive"}),
-        (9728, {"a": None, "b": None}),
-    ],
-)
-def test_a_truncated_archive_gives_what_is_whole_and_says_so(tmp_path, cut, expected):
-    os.truncate(whole(tmp_path / "x.tar"), cut)
-    make_tar(tmp_path / "y.tar", ("z.png", b"i"), ("z.txt", b"c"))
-    assert problems(tmp_path) == expected | {"z": None}
-
-
-def test_damage_inside_an_archive_is_no_silent_end(tmp_path):
-    whole(tmp_path / "x.tar")
-    with open(tmp_path / "x.tar", "r+b") as file:
-        file.seek(4608)
-        file.write(b"\xff" * 512)
-    assert problems(tmp_path) == {"a": None, "x.tar": "damaged archive"}
-    assert rows(tmp_path)[-1].detail == "no header can be read at byte 4608"
-
-
-def test_joined_archives_and_other_files_are_named(tmp_path):
-    for name in ("x.tar", "y.tar"):
-        make_tar(tmp_path / name, ("a.png", b"i"), ("a.txt", b"c"))
-    with open(tmp_path / "x.tar", "ab") as file:
-        file.write((tmp_path / "y.tar").read_bytes())
-    (tmp_path / "y.tar").write_bytes(b"")
-    (tmp_path / "z.tar").write_bytes(os.urandom(2000))
-    assert problems(tmp_path) == {
-        "a": None,
-        "x.tar": "damaged archive",
-        "y.tar": "not a tar archive",
-        "z.tar": "not a tar archive",
-    }
-
-
 def test_survey_sees_sizes_and_names_but_not_places(tmp_path):
     for place in ("one", "two"):
         fill(tmp_path / place, a_png=b"image", a_txt=b"c", sub__b_png=b"i")
@@ -310,7 +176,57 @@ def test_survey_sees_sizes_and_names_but_not_places(tmp_path):
     assert survey(tmp_path / "two") == (size, digest)
     fill(tmp_path / "two", a_txt=b"cc")
     assert survey(tmp_path / "two")[1] != digest
-    archive = whole(tmp_path / "x.tar")
-    size, _ = survey(archive)
-    assert size == 10240
-    assert sum(row.n_bytes for row in rows(archive)) == 9216
+
+
+def test_what_changed_since_the_listing_is_a_row_with_a_problem(tmp_path):
+    fill(tmp_path, a_png=b"i", a_txt=b"c", b_png=b"i", b_txt=b"c", c_png=b"i", c_txt=b"c")
+    fill(tmp_path, d_png=b"i", d_txt=b"c")
+    source = open_source(tmp_path)
+    (piece,) = source.pieces(10)
+    (tmp_path / "a.txt").unlink()
+    fill(tmp_path, b_png=b"longer", e_png=b"i", e_txt=b"c")
+    os.truncate(tmp_path / "c.png", IMAGE_LIMIT + 1)
+    found = {row.key: (row.problem, row.detail) for row in source.rows(piece)}
+    assert found == {
+        "a": ("file cannot be read", ".txt: there is no such file"),
+        "b": ("file cannot be read", ".png has 6 bytes and had 1 when it was listed"),
+        "c": ("file cannot be read", f".png: {IMAGE_LIMIT + 1} bytes, the limit is {IMAGE_LIMIT}"),
+        "d": (None, ""),
+    }
+
+
+def test_a_folder_that_is_gone_loses_no_row_in_silence(tmp_path):
+    root = fill(tmp_path / "root", a_png=b"i", a_txt=b"c")
+    source = open_source(root)
+    (piece,) = source.pieces(10)
+    root.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"root does not exist: bring it back"):
+        list(source.rows(piece))
+
+
+def test_units_are_pieces_of_their_own_and_stems_go_by_the_number(tmp_path):
+    for i in range(7):
+        fill(tmp_path, **{f"{i}_png": b"image", f"{i}_txt": b"cap"})
+    make_tar(tmp_path / "3.tar", ("x.png", b"i"), ("x.txt", b"c"))
+    pieces = list(open_source(tmp_path).pieces(2))
+    assert [(piece.unit, piece.n_rows, piece.n_bytes) for piece in pieces] == [
+        ("", 2, 16),
+        ("", 2, 16),
+        ("3.tar", -1, 10240),
+        ("", 2, 16),
+        ("", 1, 8),
+    ]
+
+
+def test_suffixes_keep_their_case_in_what_refers_to_them(tmp_path):
+    fill(tmp_path, a_JPG=b"image", a_TXT=b"caption")
+    (row,) = rows(tmp_path)
+    assert (row.file, row.offset) == ("a.JPG", 0)
+    assert Place(tmp_path).read(row.file) == b"image"
+
+
+def test_an_archive_with_an_undecodable_name_is_named(tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b"x\xff.tar")
+    with open(path, "wb") as file:
+        file.write(make_tar(tmp_path / "y.tar", ("a.png", b"i"), ("a.txt", b"c")).read_bytes())
+    assert problems(tmp_path) == {"x\\udcff.tar": "file name not UTF-8", "a": None}
