@@ -54,16 +54,16 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-act
 CHARTS = {"labels": 128, "bars": 130, "row": 21}  # pixels
 
 
-def write_page(path: Path, summary: dict[str, Any], facts: dict[str, Any]) -> None:
+def write_page(path: Path, name: str, summary: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write the page about a set.
 
     Args:
         path: of the .html file; it appears whole or not at all.
+        name: its heading; not the folder's, for equal sets have equal pages.
         summary: as ``data_prep.ledger.merge`` gives it.
         facts: what else to tell, in its order: a heading and JSON values under it. A dictionary
             becomes a line for each entry, a list of dictionaries a table.
     """
-    name = path.absolute().parent.name
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',

@@ -59,7 +59,7 @@ class Page(HTMLParser):
 def make(tmp_path, ledger, facts=None, name="my set"):
     path = tmp_path / name / "report.html"
     path.parent.mkdir()
-    write_page(path, merge([ledger.as_dict()]), facts or {})
+    write_page(path, name, merge([ledger.as_dict()]), facts or {})
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
     return path.read_text(encoding="utf-8")
 
