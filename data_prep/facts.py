@@ -1,0 +1,341 @@
+"""The first pass of ingest: what is known of every row, and which rows go because of other rows.
+
+    facts/00042.arrow     a ``Fact`` for each row of shard 42's pieces, in their order
+    facts/00042.npy       uint64 [rows, 4]: hash of key, of picture and caption, of picture; phash
+    facts/00042.drops.json      its accepted rows that repeat an earlier one, of any shard
+    facts/drops.json      written last: what the drop lists add up to
+
+The second pass reads these files and the bytes. All of them go when the set is finished.
+"""
+
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import ipc
+
+from data_prep.check import Fact, check_row
+from data_prep.filters import Score, load_score
+from data_prep.hashes import HashList
+from data_prep.ledger import ACCEPTED_EXAMPLES, REJECTED_EXAMPLES, thumbnail
+from data_prep.plan import Plan
+from pipeline.console import InputError
+from pipeline.data.images import Pixels
+from pipeline.data.schema import read_json
+from pipeline.files import write_bytes, write_json
+
+SCHEMA_VERSION = 1
+SCORED = 64  # rows whose pictures a user's score sees at once
+PART = 1 << 25  # rows whose hashes are compared in one go: 0.5 GB, and as much to sort them
+KEY, PAIR, IMAGE, NEAR = range(4)  # columns of the hashes
+SCHEMA = pa.schema(
+    [
+        *(pa.field(name, pa.string()) for name in ("key", "reason", "detail", "caption")),
+        *(pa.field(name, pa.int32()) for name in ("width", "height")),
+        pa.field("image_sha", pa.binary(16)),
+        pa.field("phash", pa.uint64()),
+        pa.field("notes", pa.list_(pa.string())),
+        pa.field("is_val", pa.bool_()),
+        pa.field("source", pa.uint16()),
+        pa.field("file", pa.string()),
+        *(pa.field(name, pa.int64()) for name in ("offset", "size")),
+        pa.field("thumbnail", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan, and what it names by its hash only; picklable.
+
+    Args:
+        plan: what is made.
+        exclude: file with hashes of pictures to leave out.
+        score: the user's score, FILE.py:FUNCTION.
+    """
+
+    plan: Plan
+    exclude: Path | None = None
+    score: str | None = None
+
+
+def facts_path(out: Path, k: int) -> Path:
+    """Where the facts of shard ``k`` are; the file is there when they are complete."""
+    return out / "facts" / f"{k:05d}.arrow"
+
+
+def inspect_shard(job: Job, k: int, advance: Callable[[int], None] | None = None) -> int:
+    """Write the facts of shard ``k``; returns how many of its rows are accepted so far.
+
+    ``advance`` is told the bytes of each row, as its source counts them.
+
+    Raises:
+        InputError: a source, the list of hashes or the user's score cannot be used.
+    """
+    plan = job.plan
+    excluded = None if job.exclude is None else HashList.from_file(job.exclude)
+    score = None if job.score is None else load_score(job.score)
+    facts = list(_with_examples(_scored(_checked(plan, k, excluded, advance), score)))
+    write_facts(plan.out, k, facts)
+    return sum(not fact.reason for fact in facts)
+
+
+def write_facts(out: Path, k: int, facts: list[Fact]) -> None:
+    """Write the facts of shard ``k``; the hashes first, for with the facts both are complete."""
+    path = facts_path(out, k)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hashes = io.BytesIO()
+    np.save(hashes, _hashes(facts))
+    write_bytes(path.with_suffix(".npy"), hashes.getvalue())
+    write_bytes(path, _to_arrow(facts))
+
+
+def _checked(
+    plan: Plan, k: int, excluded: HashList | None, advance: Callable[[int], None] | None
+) -> Iterator[tuple[Fact, Pixels | None]]:
+    settings = plan.settings
+    for number, piece in plan.pieces(k):
+        for pair in plan.where[number].open().rows(piece):
+            yield check_row(pair, number, settings.filters, settings.val_fraction, excluded)
+            if advance is not None:
+                advance(pair.n_bytes)
+
+
+def _scored(
+    rows: Iterator[tuple[Fact, Pixels | None]], score: Score | None
+) -> Iterator[tuple[Fact, Pixels | None]]:
+    """The rows, the accepted ones seen by the user's score, in their order."""
+    if score is None:
+        yield from rows
+        return
+    waiting: list[tuple[Fact, Pixels | None]] = []
+
+    def judged() -> Iterator[tuple[Fact, Pixels | None]]:
+        seen = [(f, image) for f, image in waiting if not f.reason and image is not None]
+        reasons = iter(score([image for _, image in seen], [f.caption for f, _ in seen]))
+        for fact, image in waiting:
+            reason = None if fact.reason or image is None else next(reasons)
+            yield (replace(fact, reason=reason, detail="score") if reason else fact), image
+
+    for row in rows:
+        waiting.append(row)
+        if len(waiting) == SCORED:
+            yield from judged()
+            waiting = []
+    yield from judged()
+
+
+def _with_examples(rows: Iterator[tuple[Fact, Pixels | None]]) -> Iterator[Fact]:
+    """Thumbnails for the first rows of each reason, and of those that are accepted."""
+    seen: Counter[str] = Counter()
+    for fact, image in rows:
+        seen[fact.reason] += 1
+        limit = REJECTED_EXAMPLES if fact.reason else ACCEPTED_EXAMPLES
+        if image is not None and seen[fact.reason] <= limit:
+            fact = replace(fact, thumbnail=thumbnail(image))
+        yield fact
+
+
+def _hash(*parts: bytes) -> int:
+    return int.from_bytes(blake2b(b"\0".join(parts), digest_size=8).digest(), "little")
+
+
+def _hashes(facts: list[Fact]) -> NDArray[np.uint64]:
+    rows = [
+        (
+            _hash(fact.key.encode()),
+            _hash(fact.image_sha, fact.caption.encode()),
+            _hash(fact.image_sha),
+            fact.phash,
+        )
+        for fact in facts
+    ]
+    return np.array(rows, np.uint64).reshape(len(rows), 4)
+
+
+def _to_arrow(facts: list[Fact]) -> bytes:
+    arrays = [pa.array([getattr(fact, f.name) for fact in facts], f.type) for f in SCHEMA]
+    sink = io.BytesIO()
+    with ipc.new_file(sink, SCHEMA) as writer:
+        writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+    return sink.getvalue()
+
+
+def read_facts(out: Path, k: int) -> Iterator[Fact]:
+    """The facts of shard ``k``, row by row.
+
+    Raises:
+        InputError: they are missing or damaged.
+    """
+    for row in _table(out, k).to_pylist():
+        yield Fact(**row | {"notes": tuple(row["notes"])})
+
+
+def _table(out: Path, k: int) -> pa.RecordBatch:
+    path = facts_path(out, k)
+    try:
+        with pa.OSFile(str(path)) as file:
+            return ipc.open_file(file).get_batch(0)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"{path} is missing or damaged ({error}): delete it and start again"
+        ) from error
+
+
+# ---- rows that repeat others
+
+
+def drops_path(out: Path, k: int | None = None) -> Path:
+    """The drop list of shard ``k``, there when it has one; without ``k`` what they add up to.
+
+    The latter is written last: with it, all of them are complete.
+    """
+    return out / "facts" / ("drops.json" if k is None else f"{k:05d}.drops.json")
+
+
+def merge(plan: Plan) -> dict[str, Any]:
+    """Compare the hashes of all rows and write the drop lists; of equal rows the first stays.
+
+    In this order: rows of one key; rows of one picture (and caption); rows of one perceptual hash.
+    The result is a function of the facts alone: ``accepted``, and ``near`` with the rows that share
+    their perceptual hash and the pictures that they would leave.
+    """
+    n_shards = len(plan.shards)
+    kept = [_is_accepted(plan.out, k) for k in range(n_shards)]
+    n_parts = -(-sum(map(len, kept)) // PART) or 1
+    settings = plan.settings
+    kinds = [(KEY, "duplicate key")]
+    if settings.duplicates == "pair":
+        kinds.append((PAIR, "duplicate picture and caption"))
+    if settings.duplicates == "image":
+        kinds.append((IMAGE, "duplicate picture"))
+    if settings.near_duplicates == "drop":
+        kinds.append((NEAR, "near-duplicate picture"))
+    drops: list[NDArray[np.int64]] = []
+    for kind, (column, _) in enumerate(kinds):
+        for part in range(n_parts):
+            found = _repeats(plan.out, column, kept, part, n_parts)
+            for k in np.unique(found[:, 0]):
+                kept[k][found[found[:, 0] == k, 1]] = False
+            drops.append(np.insert(found, 4, kind, axis=1))
+    near = {}
+    if settings.near_duplicates != "off":
+        parts = [_near(plan.out, kept, part, n_parts) for part in range(n_parts)]
+        near = {name: sum(part[name] for part in parts) for name in parts[0]}
+    _write_drops(plan, np.concatenate(drops), [reason for _, reason in kinds])
+    summary = {
+        "schema_version": SCHEMA_VERSION,
+        "plan": plan.hash,
+        "near": near,
+        "accepted": sum(int(mask.sum()) for mask in kept),
+    }
+    write_json(drops_path(plan.out), summary)
+    return summary
+
+
+def _write_drops(plan: Plan, drops: NDArray[np.int64], reasons: list[str]) -> None:
+    """A list for each shard: [row, reason, which row it repeats]."""
+    first_keys = np.empty(len(drops), object)
+    for k in np.unique(drops[:, 2]):
+        here = np.flatnonzero(drops[:, 2] == k)
+        keys = _table(plan.out, int(k)).column("key").take(pa.array(drops[here, 3]))
+        first_keys[here] = keys.to_pylist()
+    for k in np.unique(drops[:, 0]):
+        here = np.flatnonzero(drops[:, 0] == k)
+        here = here[np.argsort(drops[here, 1])]
+        rows = [
+            [int(drops[i, 1]), reasons[drops[i, 4]], f"the same as {first_keys[i]!r}"] for i in here
+        ]
+        content = {"schema_version": SCHEMA_VERSION, "plan": plan.hash, "drops": rows}
+        write_json(drops_path(plan.out, int(k)), content)
+
+
+def _hashes_of(out: Path, k: int) -> NDArray[np.uint64]:
+    path = facts_path(out, k).with_suffix(".npy")
+    try:
+        hashes: NDArray[np.uint64] = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{path} is missing or damaged ({error}): delete {path.parent} and start again"
+        ) from error
+    return hashes
+
+
+def _is_accepted(out: Path, k: int) -> NDArray[np.bool_]:
+    reasons = _table(out, k).column("reason").to_numpy(zero_copy_only=False)
+    return np.asarray(reasons == "", np.bool_)
+
+
+def _groups(
+    out: Path, column: int, kept: list[NDArray[np.bool_]], part: int, n_parts: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Accepted rows of one part of the hashes, equal ones side by side, the first one first.
+
+    Returns:
+        int64 [n, 2], shard and row; int64 [groups + 1], where each group begins, and n.
+    """
+    hashes, places = [], []
+    for k, mask in enumerate(kept):
+        found = _hashes_of(out, k)[:, column]
+        rows = np.flatnonzero(mask & (found % np.uint64(n_parts) == part))
+        hashes.append(found[rows])
+        places.append(np.stack([np.full(len(rows), k), rows], axis=1))
+    flat = np.concatenate(hashes)
+    order = np.argsort(flat, kind="stable")
+    flat = flat[order]
+    is_new = np.concatenate([[True], flat[1:] != flat[:-1], [True]])[: len(flat) + 1]
+    starts = np.flatnonzero(is_new) if len(flat) else np.zeros(1, np.int64)
+    return np.concatenate(places)[order], starts
+
+
+def _repeats(
+    out: Path, column: int, kept: list[NDArray[np.bool_]], part: int, n_parts: int
+) -> NDArray[np.int64]:
+    """Rows that repeat an earlier one: int64 [n, 4], their shard and row and those of the first."""
+    where, starts = _groups(out, column, kept, part, n_parts)
+    sizes = np.diff(starts)
+    first = np.repeat(starts[:-1], sizes)
+    later = np.flatnonzero(first != np.arange(len(where)))
+    return np.concatenate([where[later], where[first[later]]], axis=1)
+
+
+def _near(out: Path, kept: list[NDArray[np.bool_]], part: int, n_parts: int) -> dict[str, int]:
+    """Accepted rows that share their perceptual hash, and how many such hashes there are."""
+    _, starts = _groups(out, NEAR, kept, part, n_parts)
+    sizes = np.diff(starts)
+    return {"rows": int(sizes[sizes > 1].sum()), "pictures": int((sizes > 1).sum())}
+
+
+def read_merged(plan: Plan) -> dict[str, Any]:
+    """What ``merge`` returned.
+
+    Raises:
+        InputError: it is missing, damaged, or of another plan.
+    """
+    path = drops_path(plan.out)
+    content = read_json(path, SCHEMA_VERSION)
+    if content.get("plan") != plan.hash:
+        raise InputError(f"{path} belongs to another plan: delete {plan.out} and ingest again")
+    return content
+
+
+def read_drops(plan: Plan, k: int) -> dict[int, tuple[str, str]]:
+    """Reason and detail of the rows of shard ``k`` that repeat others.
+
+    Raises:
+        InputError: the list is damaged, or of another plan.
+    """
+    path = drops_path(plan.out, k)
+    if not path.exists():
+        return {}
+    content = read_json(path, SCHEMA_VERSION)
+    if content.get("plan") != plan.hash or not isinstance(content.get("drops"), list):
+        raise InputError(f"{path} belongs to another plan: delete {plan.out} and ingest again")
+    return {row: (reason, detail) for row, reason, detail in content["drops"]}
