@@ -29,7 +29,6 @@ CONFIDENT = 0.5  # probability from which a caption in Latin letters is foreign
 FAR_BEHIND = 20  # times that English is less probable then
 MAX_REASONS = 100  # of a user's score
 LATIN_END = "\u0250"
-ENGLISH = ("en", "pcm")  # the detector takes one caption in some hundreds for Nigerian Pidgin
 TOKEN = re.compile(r"\w+")
 # scripts that put no blanks between words: Thai, Lao, Burmese, Khmer, kana and ideographs
 UNSPACED = re.compile(
@@ -229,15 +228,12 @@ def judge_language(caption: str) -> Verdict:
     """
     detector = _detector()
     language, probability = detector.classify(caption)
-    if language in ENGLISH:
+    if language == "en":
         return None
-    ranks = dict(detector.rank(caption))
     if all(c < LATIN_END or not c.isalpha() for c in caption):
-        is_foreign = probability >= CONFIDENT and ranks["en"] * FAR_BEHIND < probability
-    else:
-        is_foreign = sum(ranks[name] for name in ENGLISH) < probability
-    if not is_foreign:
-        return None
+        english = dict(detector.rank(caption))["en"]
+        if probability < CONFIDENT or english * FAR_BEHIND >= probability:
+            return None
     detail = f"{language}, probability {probability:.2f}: {_excerpt(caption)}"
     return "not English (--any-language keeps it)", detail
 

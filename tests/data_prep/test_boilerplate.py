@@ -162,6 +162,10 @@ def test_what_tells_of_the_file_is_boilerplate(caption):
     assert is_boilerplate(f'  "{caption}" ')
 
 
+def test_wide_letters_are_read_as_plain_ones():
+    assert is_boilerplate("".join(chr(ord(c) + 0xFEE0) for c in "IMG_1234"))
+
+
 @pytest.mark.parametrize("caption", CAPTIONS)
 def test_captions_with_a_word_about_the_picture_are_none(caption):
     assert not is_boilerplate(caption)
