@@ -47,7 +47,7 @@ if [ -z "$DATA" ]; then
 fi
 
 # 2. checked, counted, packed into Arrow shards
-stage ingest python -m data_prep.ingest "$DATA" --out "$OUT/pairs" --preset "$DVAE" --upscale
+stage ingest python -m data_prep.ingest "$DATA" --out "$OUT/pairs" --preset "$DVAE" --upscale --val-fraction 0.05
 
 # 3. captions -> byte pairs
 stage tokenizer python -m data_prep.train_tokenizer --data "$OUT/pairs" --out "$OUT/tokenizer" --preset "$DALLE"

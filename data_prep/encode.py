@@ -12,12 +12,13 @@ Legend: B pictures, Y X code grid; in image_BYXC Y X are pixels and C = 3 colour
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from pipeline.console import Bar, InputError, OwnError, command, logger
-from pipeline.data.images import Pixels, augment_dalle, decode_image
+from pipeline.data.images import Pixels, augment_dalle
 from pipeline.data.loader import prefetch
 from pipeline.data.schema import read_json, shard_name
 from pipeline.data.shards import ShardReader, write_manifest, write_shard
@@ -103,7 +104,7 @@ def is_committed(job: Job, k: int) -> bool:
     if not sidecar_path.exists():
         return False
     sidecar = read_json(sidecar_path)
-    if not {"made_of", "rows", "bytes"} <= set(sidecar):
+    if not {"made_of", "rows", "val_rows", "bytes"} <= set(sidecar):
         raise InputError(
             f"{sidecar_path} describes no shard: delete it, and this run makes it again"
         )
@@ -114,12 +115,15 @@ def is_committed(job: Job, k: int) -> bool:
                 f"{wanted}: name another --out, or delete that folder"
             )
     is_whole = path.is_file() and path.stat().st_size == sidecar["bytes"]
-    return bool(is_whole and sidecar["rows"] == len(job.rows(k)))
+    pairs = job.pairs.manifest["shards"][k]
+    return bool(is_whole and all(sidecar[name] == pairs[name] for name in ("rows", "val_rows")))
 
 
-def _crop(data: bytes, key: str, size: int, seed: int) -> tuple[Pixels, np.ndarray]:
+def _crop(
+    data: bytes, key: str, pairs: ShardReader, size: int, seed: int
+) -> tuple[Pixels, np.ndarray]:
     try:
-        pixels = decode_image(data)
+        pixels = pairs.decode(data, size)
         crop = augment_dalle(pixels, size, crop_rng(seed, key, 0))
     except InputError as error:
         raise OwnError(f"picture {key!r}: {error}") from error  # other ranks read other pictures
@@ -133,14 +137,14 @@ def _batches(job: Job, k: int, pool: ThreadPoolExecutor) -> Iterator[tuple[dict,
     rows = job.rows(k)
     for start in range(0, len(rows), job.batch):
         ids = rows[start : start + job.batch]
-        columns = {
-            name: job.pairs.column(name, ids) for name in ("key", "caption", "image_sha", "image")
+        columns: dict[str, Any] = {
+            name: job.pairs.column(name, ids) for name in ("key", "caption", "image_sha")
         }
         # one shape for all batches: a convolution may round otherwise for another
         image_BYXC = np.zeros((job.batch, size, size, 3), np.uint8)
         columns["crops"] = []
-        crop = partial(_crop, size=size, seed=seed)
-        crops = pool.map(crop, columns.pop("image"), columns["key"])
+        crop = partial(_crop, pairs=job.pairs, size=size, seed=seed)
+        crops = pool.map(crop, job.pairs.images(ids), columns["key"])
         for i, (pixels, box) in enumerate(crops):
             image_BYXC[i] = pixels
             columns["crops"].append(box)
@@ -150,7 +154,7 @@ def _batches(job: Job, k: int, pool: ThreadPoolExecutor) -> Iterator[tuple[dict,
 @torch.inference_mode()
 def _token_rows(
     job: Job, k: int, pool: ThreadPoolExecutor, device: torch.device, bar: Bar
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Rows of token shard ``k``; the next pictures are decoded while the dVAE works."""
     with closing(prefetch(_batches(job, k, pool))) as batches:
         for columns, image_BYXC in batches:
@@ -182,9 +186,12 @@ def encode(job: Job, rank: int, world: int, device: torch.device) -> dict[str, A
     with ThreadPoolExecutor(min(workers, 16)) as pool, Bar("encode", total, done) as bar:
         for k in mine:
             if k not in committed:
-                rows = _token_rows(job, k, pool, device, bar)
-                shard = write_shard(job.out, k, "tokens", rows, job.made_of)
-                assert shard["rows"] == len(job.rows(k))
+                pairs = job.pairs.manifest["shards"][k]
+                with closing(_token_rows(job, k, pool, device, bar)) as rows:
+                    # the same rows train and validate as in the pair shard, and in its order
+                    train = islice(rows, pairs["rows"] - pairs["val_rows"])
+                    made = write_shard(job.out, k, "tokens", train, job.made_of, val_rows=rows)
+                assert all(made[name] == pairs[name] for name in ("rows", "val_rows"))
     if not all(is_committed(job, k) for k in range(job.n_shards)):
         log.info("done; other ranks are still at work, the last one writes the manifest")
         return None

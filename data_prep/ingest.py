@@ -7,11 +7,10 @@ is stored are the bytes as they came. No bad row stops the job, and none is lost
 ``rejects.json`` beside the manifest counts rows in, rows out, rejects by reason and notes about
 accepted rows, ``rejects.jsonl`` lists each reject. The same sources give the same bytes.
 
-Which rows validate is not decided here: ``split_of`` tells it by the key when a run reads them.
+Which rows are for validation is decided here, by ``split_of`` of the key.
 """
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -24,12 +23,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TextIO
 
-from PIL import Image
-
+from data_prep.hashes import phash
 from data_prep.sources import RawPair, all_rows, survey
 from pipeline.console import Bar, InputError, command, logger
-from pipeline.data.images import PIXEL_LIMIT, ImageError, Pixels, inspect_image
-from pipeline.data.schema import image_sha, read_json
+from pipeline.data.images import ImageError, enlarged_shape, inspect_image
+from pipeline.data.schema import image_sha, read_json, split_of
 from pipeline.data.shards import ShardWriter
 from pipeline.files import write_json
 
@@ -51,11 +49,11 @@ class Reject(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """An accepted picture: the bytes to store, their size in pixels once upright, and notes."""
+    """An accepted picture: its size in pixels once upright, its hash, and notes."""
 
-    data: bytes
     width: int
     height: int
+    phash: int
     notes: tuple[str, ...]
 
 
@@ -92,10 +90,9 @@ def check_picture(data: bytes, image_size: int, upscale: bool) -> Picture:
     """Decode a picture and hold its shorter side against ``image_size``.
 
     Args:
-        data: an encoded picture. It is kept as it is, unless it has to be enlarged; then what is
-            kept is a PNG whose shorter side is ``image_size`` (bicubic interpolation).
+        data: an encoded picture.
         image_size: pixels a side that training will crop.
-        upscale: enlarge what is smaller, down to ``MIN_SIDE``, instead of rejecting it.
+        upscale: keep what is smaller too, down to ``MIN_SIDE``: it is enlarged when it is read.
 
     Raises:
         Reject: a reason of ``ImageError``, "side below N ...", or "too long to be enlarged".
@@ -108,23 +105,16 @@ def check_picture(data: bytes, image_size: int, upscale: bool) -> Picture:
     side = f"{width}x{height} pixels"
     if min(height, width) < MIN_SIDE:
         raise Reject(f"side below {MIN_SIDE}", side)
-    if min(height, width) >= image_size:
-        return Picture(data, width, height, decoded.notes)
-    if not upscale:
-        raise Reject(f"side below {image_size} (--upscale would enlarge it)", side)
-    enlarged = _enlarge(decoded.pixels, image_size)
-    file = io.BytesIO()
-    enlarged.save(file, "PNG")
-    return Picture(file.getvalue(), *enlarged.size, (*decoded.notes, "upscaled"))
-
-
-def _enlarge(image_HWC: Pixels, image_size: int) -> Image.Image:
-    """A picture whose shorter side is ``image_size``."""
-    short = min(image_HWC.shape[:2])
-    height, width = (round(side * image_size / short) for side in image_HWC.shape[:2])
-    if height * width > PIXEL_LIMIT:
-        raise Reject("too long to be enlarged", f"it would have {width}x{height} pixels")
-    return Image.fromarray(image_HWC).resize((width, height), Image.Resampling.BICUBIC)
+    notes = decoded.notes
+    if min(height, width) < image_size:
+        if not upscale:
+            raise Reject(f"side below {image_size} (--upscale would enlarge it)", side)
+        try:
+            enlarged_shape(height, width, image_size)
+        except ImageError as error:
+            raise Reject(error.reason, error.detail) from error
+        notes = (*notes, "upscaled")
+    return Picture(width, height, phash(decoded.pixels), notes)
 
 
 class Ledger:
@@ -171,7 +161,9 @@ class Ledger:
         }
 
 
-def ingest(sources: list[Path], out: Path, image_size: int, upscale: bool) -> dict[str, Any]:
+def ingest(
+    sources: list[Path], out: Path, image_size: int, upscale: bool, val_fraction: float = 0.01
+) -> dict[str, Any]:
     """Write the pairs of ``sources`` to ``out``; returns the content of its ``rejects.json``.
 
     A set that ``out`` holds already is left as it is when it was made of the same sources (names
@@ -192,6 +184,8 @@ def ingest(sources: list[Path], out: Path, image_size: int, upscale: bool) -> di
         ],
         "image_size": image_size,
         "upscale": upscale,
+        "bytes": "inline",
+        "val_fraction": val_fraction,
     }
     if (out / "manifest.json").exists():
         return _same_set(out, made_of)
@@ -268,9 +262,10 @@ def _take(
     except Reject as reject:
         ledger.reject(pair.key, reject.reason, reject.detail)
         return
-    row: dict[str, Any] = {"key": pair.key, "caption": caption, "image": picture.data}
-    row |= {"width": picture.width, "height": picture.height}
-    writer.add(row | {"image_sha": image_sha(picture.data)})
+    row: dict[str, Any] = {"key": pair.key, "caption": caption, "image": pair.image}
+    row |= {"width": picture.width, "height": picture.height, "phash": picture.phash}
+    is_val = split_of(pair.key, writer.made_of["val_fraction"]) == "val"
+    writer.add(row | {"image_sha": image_sha(pair.image)}, val=is_val)
     ledger.accept(caption_notes + picture.notes)
 
 
@@ -294,7 +289,10 @@ def main() -> None:
         "--image-size", type=int, default=256, help="pixels a side to train at (default: 256)"
     )
     parser.add_argument(
-        "--upscale", action="store_true", help="enlarge pictures that are too small, as PNG"
+        "--upscale", action="store_true", help="keep pictures that are too small, to be enlarged"
+    )
+    parser.add_argument(
+        "--val-fraction", type=float, default=0.01, help="share of rows for validation (0.01)"
     )
     args = parser.parse_args()
     image_size = args.image_size
@@ -302,7 +300,7 @@ def main() -> None:
         from pipeline import presets
 
         image_size = presets.load(args.preset).model.image_size
-    summary = ingest(args.source, args.out, image_size, args.upscale)
+    summary = ingest(args.source, args.out, image_size, args.upscale, args.val_fraction)
     sys.stdout.write(table(summary))
 
 

@@ -161,7 +161,6 @@ class DvaeRun:
     beta: Ramp  # weight of the KL term
     tau: Ramp  # temperature of the relaxation
     pixel_noise: float = 0.0  # standard deviation added to training pictures in [0, 1]; paper: 0
-    val_fraction: float = 0.01
     val_images: int = 1024  # looked at in one validation
     val_every: int = 1000
     save_every: int = 1000
@@ -184,7 +183,6 @@ class DalleRun:
     lr: Ramp
     text_weight: float = 1 / 8  # of the text loss; the image loss has the rest (section 2.2)
     bpe_dropout: float = 0.1  # footnote 5
-    val_fraction: float = 0.01
     val_images: int = 1024
     val_every: int = 1000
     save_every: int = 1000

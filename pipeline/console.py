@@ -22,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pipeline.files import FULL
+
 T = TypeVar("T")
 
 SECONDS_TO_SPEAK = 3.0  # that the other ranks leave to the first one
@@ -131,12 +133,17 @@ def command(main: Callable[[], None]) -> None:
             time.sleep(SECONDS_TO_SPEAK)
         _end(2)
     except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        is_full = error.errno in FULL
         if error.filename is None and not is_full:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        way_out = "make room and start again" if is_full else "name a path that can be used"
-        sys.stderr.write(f"error: {where}{error.strerror}; {way_out}\n")
+        way_out = "name a path that can be used"
+        if is_full:
+            need = "raise ulimit -f" if error.errno == errno.EFBIG else "make room"
+            way_out = f"{need} and start again: what is committed stays"
+        # libraries put words of their own around the system's
+        said = os.strerror(error.errno) if is_full and error.errno else error.strerror
+        sys.stderr.write(f"error: {where}{said}; {way_out}\n")
         _end(2)
     except KeyboardInterrupt:
         sys.stderr.write("stopped by the keyboard\n")

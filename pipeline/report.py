@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from pipeline.console import InputError, command, logger
-from pipeline.data.images import centre_crop, decode_image
+from pipeline.data.images import centre_crop
 from pipeline.data.pictures import to_uint8
 from pipeline.data.shards import ShardReader
 from pipeline.evaluation import scenes
@@ -123,7 +123,7 @@ def reconstruct(dvae: DiscreteVAE, pairs: ShardReader) -> list[tuple[str, np.nda
     side, rows = dvae.config.image_size, []
     for start in range(0, min(CHECKED, len(pairs)), 32):
         some = [pairs[i] for i in range(start, min(start + 32, CHECKED, len(pairs)))]
-        images = np.stack([centre_crop(decode_image(row["image"]), side) for row in some])
+        images = np.stack([centre_crop(pairs.decode(row["image"], side), side) for row in some])
         batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
         with torch.inference_mode():
             made = to_uint8(dvae.decode(dvae.encode(batch)))

@@ -18,7 +18,7 @@ from pipeline import presets
 from pipeline.config import DalleRun
 from pipeline.console import InputError, command, logger
 from pipeline.data.loader import Batch, TokenLoader
-from pipeline.data.shards import ShardReader, split_indices
+from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.models.dalle import NO_TOKEN, Dalle, nll_sums, save_dalle
 from pipeline.models.dvae import load_dvae
@@ -50,7 +50,7 @@ class DalleStage(loop.Stage[Batch]):
         self.reader = ShardReader(data, "tokens")
         self.tokenizer = Tokenizer(tokenizer)
         self._check()
-        self.train_rows, self.val_rows = split_indices(self.reader, run.val_fraction)
+        self.train_side, self.val_side = (self.reader.split(s) for s in ("train", "val"))
 
     def _check(self) -> None:
         """The tokens and the tokenizer are those that the model is built for."""
@@ -94,14 +94,14 @@ class DalleStage(loop.Stage[Batch]):
         self._micro = engine.micro_batch
         share = {"rank": engine.rank, "world": engine.world, "n_text": run.model.n_text}
         self._train = TokenLoader(
-            self.reader, self.tokenizer, self.train_rows,
+            self.reader, self.tokenizer, self.train_side,
             batch=run.batch, seed=run.seed, dropout=run.bpe_dropout, **share,
         )  # fmt: skip
-        n = min(run.val_images, len(self.val_rows))
+        n = min(run.val_images, len(self.val_side))
         self._val_batch = max(min(run.batch, n) // engine.world, 1) * engine.world
         self._val_images = max(n // self._val_batch, 1) * self._val_batch
         self._val = TokenLoader(
-            self.reader, self.tokenizer, self.val_rows,
+            self.reader, self.tokenizer, self.val_side,
             batch=self._val_batch, seed=None, dropout=0.0, **share,
         )  # fmt: skip
 

@@ -19,7 +19,7 @@ from pipeline.config import DvaeRun
 from pipeline.console import InputError, command, logger
 from pipeline.data.loader import PairLoader, sample_seed
 from pipeline.data.pictures import save_png, tile, to_uint8
-from pipeline.data.shards import ShardReader, split_indices
+from pipeline.data.shards import ShardReader
 from pipeline.models.dvae import DiscreteVAE, save_dvae
 from pipeline.training import engine as engines
 from pipeline.training import loop
@@ -39,7 +39,7 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
     def __init__(self, run: DvaeRun, data: str) -> None:
         self.run: DvaeRun = run
         self.reader = ShardReader(data, "pairs")
-        self.train_rows, self.val_rows = split_indices(self.reader, run.val_fraction)
+        self.train_side, self.val_side = (self.reader.split(s) for s in ("train", "val"))
 
     def build(self) -> DiscreteVAE:
         """A fresh model."""
@@ -58,13 +58,13 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
         run, size = self.run, self.run.model.image_size
         share = {"rank": engine.rank, "world": engine.world, "size": size}
         self._train = PairLoader(
-            self.reader, self.train_rows, batch=run.batch, seed=run.seed, **share
+            self.reader, self.train_side, batch=run.batch, seed=run.seed, **share
         )
-        n = min(run.val_images, len(self.val_rows))
+        n = min(run.val_images, len(self.val_side))
         self._val_batch = max(min(run.batch, n) // engine.world, 1) * engine.world
         self._val_images = max(n // self._val_batch, 1) * self._val_batch
         self._val = PairLoader(
-            self.reader, self.val_rows, batch=self._val_batch, seed=None, **share
+            self.reader, self.val_side, batch=self._val_batch, seed=None, **share
         )
 
     def micro_batches(self, position: int) -> list[tuple[Tensor, list[int]]]:
@@ -165,7 +165,7 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
         dvae.load_state_dict(state)
         fingerprint = save_dvae(out, dvae, self.identity())
         loader = PairLoader(
-            self.reader, self.val_rows, batch=min(SHOWN, len(self.val_rows)), rank=0, world=1,
+            self.reader, self.val_side, batch=min(SHOWN, len(self.val_side)), rank=0, world=1,
             size=self.run.model.image_size, seed=None,
         )  # fmt: skip
         images, _ = loader.batch_at(0)

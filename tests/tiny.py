@@ -38,7 +38,7 @@ def dalle() -> DalleRun:
             ema_every=3,
         ),
         batch=8, steps=STEPS, warmup=3, lr=Ramp(5e-3, 5e-4, STEPS),
-        val_fraction=0.2, val_images=8, val_every=SAVE_EVERY, save_every=SAVE_EVERY, log_every=1,
+        val_images=8, val_every=SAVE_EVERY, save_every=SAVE_EVERY, log_every=1,
     )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def dvae() -> DvaeRun:
         ),
         batch=8, steps=STEPS,
         lr=Ramp(3e-3, 3e-4, STEPS), beta=Ramp(0.0, 1.0, STEPS), tau=Ramp(1.0, 0.25, STEPS),
-        val_fraction=0.2, val_images=8, val_every=SAVE_EVERY, save_every=SAVE_EVERY, log_every=1,
+        val_images=8, val_every=SAVE_EVERY, save_every=SAVE_EVERY, log_every=1,
     )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def make_inputs(folder: Path) -> Inputs:
     made = Inputs(*(folder / name for name in ("pairs", "tokenizer", "dvae", "other", "tokens")))
     # a third shows two objects: captions of uneven length
     write_scenes(folder / "scenes", 64, 48, seed=0, hold_out=False, two_objects=0.4)
-    ingest([folder / "scenes"], made.pairs, IMAGE_SIZE, False)
+    ingest([folder / "scenes"], made.pairs, IMAGE_SIZE, False, val_fraction=0.2)
     pairs = ShardReader(made.pairs, "pairs")
     train_tokenizer(pairs, made.tokenizer, TEXT_VOCAB)
     random_dvae(made.dvae, pairs, seed=0)

@@ -46,7 +46,8 @@ class ImageError(InputError):
     """A picture that cannot be used.
 
     ``reason`` is one of few stable names, to be counted: "empty file", "not an image",
-    "truncated image", "corrupt image", "decompression bomb", "unsupported pixel format".
+    "truncated image", "corrupt image", "decompression bomb", "unsupported pixel format", "too long
+    to be enlarged".
     ``detail`` is for people.
     """
 
@@ -216,6 +217,35 @@ def resize_area(image_HWC: Pixels, height: int, width: int) -> Pixels:
     """
     resized = np.rint(resize_area_float(image_HWC, height, width))
     return np.ascontiguousarray(np.clip(resized, 0, 255).astype(np.uint8))
+
+
+def enlarged_shape(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width of what ``enlarge`` gives.
+
+    Raises:
+        ImageError: it would have more than ``PIXEL_LIMIT`` pixels.
+    """
+    short = min(height, width)
+    if short >= size:
+        return height, width
+    height, width = round(height * size / short), round(width * size / short)
+    if height * width > PIXEL_LIMIT:
+        raise ImageError("too long to be enlarged", f"it would have {width}x{height} pixels")
+    return height, width
+
+
+def enlarge(image_HWC: Pixels, size: int) -> Pixels:
+    """A picture whose shorter side is at least ``size``: bicubic when it is smaller, else as it is.
+
+    Raises:
+        ImageError: it is too long for that, see ``enlarged_shape``.
+    """
+    shape = image_HWC.shape[0], image_HWC.shape[1]
+    height, width = enlarged_shape(*shape, size)
+    if (height, width) == shape:
+        return image_HWC
+    larger = Image.fromarray(image_HWC).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(larger)
 
 
 def augment_dvae(image_HWC: Pixels, size: int, rng: np.random.Generator) -> Pixels:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from pipeline.console import InputError
-from pipeline.data.images import Pixels, augment_dvae, centre_crop, decode_image
+from pipeline.data.images import Pixels, augment_dvae, centre_crop
 from pipeline.data.order import Order
-from pipeline.data.shards import ShardReader
+from pipeline.data.shards import ShardReader, Side
 from pipeline.data.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -61,26 +61,19 @@ class Batch:
 class _Positions:
     """Which rows this rank takes at a position, and in which epoch each of them is.
 
-    Without a seed the rows come in the order of ``indices``, epoch after epoch.
+    Without a seed the rows come in the order of the side, epoch after epoch.
     """
 
-    def __init__(
-        self, indices: np.ndarray, batch: int, rank: int, world: int, seed: int | None
-    ) -> None:
-        if len(indices) == 0:
-            raise InputError(
-                "a loader over no samples: the set is empty or the split leaves nothing on this "
-                "side; add data or change val_fraction"
-            )
+    def __init__(self, side: Side, batch: int, rank: int, world: int, seed: int | None) -> None:
         if not (0 <= rank < world):
             raise InputError(f"rank {rank} is outside 0..{world - 1}")
         if batch < 1 or batch % world:
             raise InputError(
                 f"a batch of {batch} does not divide over {world} ranks: take a multiple of {world}"
             )
-        self.indices = np.asarray(indices, np.int64)
+        self.side = side
         self.batch, self.rank, self.world, self.seed = batch, rank, world, seed
-        self._order = None if seed is None else Order(len(indices), seed)
+        self._order = None if seed is None else Order(len(side), seed)
 
     def at(self, position: int) -> tuple[np.ndarray, np.ndarray]:
         """Row ids and epochs, both int64 [batch // world]."""
@@ -88,11 +81,11 @@ class _Positions:
             raise InputError(f"position {position} is negative")
         places = np.arange(position, position + self.batch)
         if self._order is None:
-            samples = places % len(self.indices)
+            samples = places % len(self.side)
         else:
             samples = self._order.samples(position, position + self.batch)
         mine = slice(self.rank, None, self.world)
-        return self.indices[samples[mine]], places[mine] // len(self.indices)
+        return self.side.rows(samples[mine]), places[mine] // len(self.side)
 
 
 class TokenLoader:
@@ -101,7 +94,7 @@ class TokenLoader:
     Args:
         reader: a token set with one crop an image.
         tokenizer: captions are tokenised when they are loaded.
-        indices: rows of one side of the split, int64.
+        side: of the set.
         batch: samples of all ranks together, a multiple of ``world``.
         rank, world: which of how many processes this is.
         n_text: text positions of the model; captions are cut at n_text - 1 tokens.
@@ -117,7 +110,7 @@ class TokenLoader:
         self,
         reader: ShardReader,
         tokenizer: Tokenizer,
-        indices: np.ndarray,
+        side: Side,
         *,
         batch: int,
         rank: int,
@@ -135,7 +128,7 @@ class TokenLoader:
             raise InputError(f"dropout {dropout} without a seed: validation takes 0")
         self.reader, self.tokenizer = reader, tokenizer
         self.n_text, self.dropout = n_text, dropout
-        self._positions = _Positions(indices, batch, rank, world, seed)
+        self._positions = _Positions(side, batch, rank, world, seed)
 
     def batch_at(self, position: int) -> Batch:
         """This rank's part of the batch that begins at ``position``, a count of samples."""
@@ -175,7 +168,7 @@ class PairLoader:
 
     Args:
         reader: a pair set.
-        indices, batch, rank, world: as for ``TokenLoader``.
+        side, batch, rank, world: as for ``TokenLoader``.
         size: pixels a side of what is returned.
         seed: of the order and of the crops (``augment_dvae``); None takes the rows in order and the
             middle of each picture, as validation does.
@@ -189,7 +182,7 @@ class PairLoader:
     def __init__(
         self,
         reader: ShardReader,
-        indices: np.ndarray,
+        side: Side,
         *,
         batch: int,
         rank: int,
@@ -201,7 +194,7 @@ class PairLoader:
         if reader.kind != "pairs":
             raise InputError(f"{reader.folder} is a set of {reader.kind}, pictures come from pairs")
         self.reader, self.size = reader, size
-        self._positions = _Positions(indices, batch, rank, world, seed)
+        self._positions = _Positions(side, batch, rank, world, seed)
         self._cache: dict[int, Pixels] = {}
         self._cache_left = cache_bytes
 
@@ -221,7 +214,7 @@ class PairLoader:
     def _decoded(self, sample: int) -> Pixels:
         if sample in self._cache:
             return self._cache[sample]
-        pixels = decode_image(self.reader.column("image", np.array([sample]))[0])
+        pixels = self.reader.decode(self.reader.images(np.array([sample]))[0], self.size)
         if pixels.nbytes <= self._cache_left:
             self._cache_left -= pixels.nbytes
             self._cache[sample] = pixels

@@ -1,24 +1,22 @@
-"""Shard sets on disk: the writer and the reader of the format in ``schema.py``, as twins."""
+"""Shard sets on disk as a reader sees them: rows by number, columns of many rows, two sides."""
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import ipc
 
 from pipeline.console import InputError
-from pipeline.data.commit import ShardFile, write_manifest, write_shard
+from pipeline.data.commit import ShardWriter, write_manifest, write_shard
+from pipeline.data.images import Pixels, decode_image, enlarge
+from pipeline.data.places import Place
+from pipeline.data.pread import RecordBatches, Rows
 from pipeline.data.schema import (
-    ROWS_PER_SHARD,
-    SHARD_NAME,
-    fingerprint_of,
+    SOURCES,
     image_sha,
-    read_json,
+    read_manifest,
     schema_of,
     split_of,
 )
@@ -26,257 +24,262 @@ from pipeline.data.schema import (
 __all__ = [
     "ShardReader",
     "ShardWriter",
+    "Side",
     "image_sha",
-    "split_indices",
     "split_of",
     "write_manifest",
     "write_shard",
 ]
 
 
-class ShardWriter:
-    """Writes a set row by row: ``with ShardWriter(folder, "pairs", made_of) as w: w.add(row)``.
+class Side:
+    """The rows of a set to train on, or those for validation; one range of rows in each shard.
 
-    The manifest is written when the block ends well; after an exception there is none, and the next
-    writer replaces the shards.
+    Memory is one pair of numbers for each shard.
 
     Args:
-        folder: made when missing.
-        schema_kind: ``"pairs"`` or ``"tokens"``.
-        made_of: JSON values; see the module for what a kind needs. Read once, at the start.
-        rows_per_shard: ``ROWS_PER_SHARD[kind]`` when None.
+        first: row of the set at which the range of each shard begins, int64 [shards].
+        counts: its rows, int64 [shards].
+    """
+
+    def __init__(self, first: Rows, counts: Rows) -> None:
+        self._first = np.asarray(first, np.int64)
+        self._ends = np.cumsum(counts, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def rows(self, samples: Rows) -> Rows:
+        """Rows of the set of ``samples``, each in 0..len-1: int64 [n] -> int64 [n]."""
+        samples = np.asarray(samples, np.int64)
+        if samples.size and not 0 <= samples.min() <= samples.max() < len(self):
+            raise IndexError(f"samples {samples.min()}..{samples.max()} of a side of {len(self)}")
+        shards = np.searchsorted(self._ends, samples, side="right")
+        # counted from the end of the range, for the beginning is not kept
+        before = np.concatenate([[0], self._ends[:-1]])[shards]
+        return self._first[shards] + samples - before
+
+
+class ShardReader:
+    """Random access to a set: ``reader[i] -> dict``, ``len(reader)``, columns of many rows.
+
+    Every file is held against the manifest when the set is opened, and each record batch against
+    its crc32 when the first of its rows is wanted (``pread``). Threads may share a reader; arrays
+    handed out are the caller's.
+
+    Args:
+        folder: holds ``manifest.json``.
+        kind: when given, the kind that the set must have.
+        held_batches: so many record batches stay in memory, the last used: for disks that are slow
+            to give a single row, and an order that comes back to the same blocks (``order``).
+        lazy: look at a shard when its rows are wanted, and not at all of them now.
 
     Raises:
-        InputError: the folder holds a finished set; the kind, made_of or (``add``) a row is wrong.
+        InputError: no finished set, another schema, another kind, or a shard that is missing, cut
+            short, or not what the manifest says; the last also when rows are read.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        schema_kind: str,
-        made_of: dict[str, Any],
-        rows_per_shard: int | None = None,
+        kind: str | None = None,
+        *,
+        held_batches: int = 0,
+        lazy: bool = False,
     ) -> None:
-        self.folder, self.kind = Path(folder), schema_kind
-        # what a reader will get back: tuples become lists here and not only in the file
-        self.made_of = json.loads(json.dumps(made_of))
-        schema_of(self.kind, self.made_of)
-        self.rows_per_shard = (
-            ROWS_PER_SHARD[self.kind] if rows_per_shard is None else rows_per_shard
-        )
-        if self.rows_per_shard < 1:
-            raise InputError(f"rows_per_shard is {self.rows_per_shard}, it must be at least 1")
-        if (self.folder / "manifest.json").exists():
-            raise InputError(
-                f"{self.folder} holds a finished set: name another folder or delete it"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.rows = 0
-        self.manifest: dict[str, Any] | None = None
-        self._n_shards = 0
-        self._shard: ShardFile | None = None
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Append one row; its keys are exactly the columns of the kind."""
-        if self._shard is None:
-            self._shard = ShardFile(self.folder, self._n_shards, self.kind, self.made_of)
-        self._shard.add(row)
-        self.rows += 1
-        if self._shard.rows == self.rows_per_shard:
-            self._commit(self._shard)
-
-    def _commit(self, shard: ShardFile) -> None:
-        shard.commit()
-        self._shard = None
-        self._n_shards += 1
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            if self._shard is not None:
-                self._shard.abort()
-            return
-        if self._shard is not None:
-            self._commit(self._shard)
-        self.manifest = write_manifest(self.folder, self.kind, self._n_shards, self.made_of)
-
-
-@dataclass(frozen=True)
-class _Open:
-    """A shard that is mapped: its record batches and the row at which each starts."""
-
-    batches: list[pa.RecordBatch]
-    starts: np.ndarray  # int64 [n_batch]
-
-
-class ShardReader:
-    """Random access to a set through mmap: ``reader[i] -> dict``, ``len(reader)``, columns.
-
-    Every file is checked against the manifest before it is mapped (a file cut short under a map
-    would kill the process); shards are mapped on first touch. Arrays handed out are copies.
-
-    Args:
-        folder: holds ``manifest.json``.
-        kind: when given, the kind that the set must have.
-
-    Raises:
-        InputError: no finished set, a newer schema, another kind, or a shard that is missing, cut
-            short, or not what the manifest says; the last also on first touch.
-    """
-
-    def __init__(self, folder: str | Path, kind: str | None = None) -> None:
         self.folder = Path(folder)
-        self.manifest = read_json(self.folder / "manifest.json")
-        try:
-            self.kind: str = self.manifest["kind"]
-            self.made_of: dict[str, Any] = dict(self.manifest["made_of"])
-            self.fingerprint: str = self.manifest["fingerprint"]
-            self._shards = self.manifest["shards"]
-            rows = [int(shard["rows"]) for shard in self._shards]
-            names = [str(shard["name"]) for shard in self._shards]
-            sizes = [int(shard["bytes"]) for shard in self._shards]
-            total = int(self.manifest["rows"])
-            fingerprint = fingerprint_of(self._shards)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{self.folder}/manifest.json lacks or garbles {error}") from error
+        self.manifest = read_manifest(self.folder)
+        self.kind: str = self.manifest["kind"]
+        self.made_of: dict[str, Any] = self.manifest["made_of"]
+        self.fingerprint: str = self.manifest["fingerprint"]
         if kind is not None and self.kind != kind:
             raise InputError(f"{self.folder} is a set of {self.kind}, a set of {kind} is needed")
-        if self.fingerprint != fingerprint:
-            raise InputError(
-                f"{self.folder}/manifest.json has fingerprint {self.fingerprint}, its shards have "
-                f"{fingerprint}: copy the set again"
-            )
-        if sum(rows) != total:
-            raise InputError(
-                f"{self.folder}/manifest.json lists {sum(rows)} rows and claims {total}"
-            )
-        self.schema = schema_of(self.kind, self.made_of)
-        for name, size in zip(names, sizes, strict=True):
-            self._check_size(name, size)
-        self._starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)]).astype(np.int64)
-        self._open: dict[int, _Open] = {}
-
-    def _check_size(self, name: str, size: int) -> Path:
-        path = self.folder / name
-        if not SHARD_NAME.fullmatch(name):
-            raise InputError(f"{self.folder}/manifest.json names {name!r}, which is no shard")
-        if not path.is_file():
-            raise InputError(f"{path} is missing: copy it again or prepare the set again")
-        if (found := path.stat().st_size) != size:
-            raise InputError(
-                f"{path} has {found} bytes, the manifest says {size}: "
-                "copy it again or prepare the set again"
-            )
-        return path
-
-    def _shard(self, k: int) -> _Open:
-        """Shard ``k``, mapped; the file itself is closed again, its pages live with the batches."""
-        if k not in self._open:
-            shard = self._shards[k]
-            path = self._check_size(shard["name"], shard["bytes"])
-            try:
-                with pa.memory_map(str(path)) as source:
-                    file = ipc.open_file(source)
-                    batches = [file.get_batch(i) for i in range(file.num_record_batches)]
-            except pa.ArrowException as error:
-                raise InputError(f"{path} is damaged: {error}; copy it again") from error
-            if not file.schema.equals(self.schema):
-                raise InputError(f"{path} has the columns {file.schema}, the set has {self.schema}")
-            rows = [batch.num_rows for batch in batches]
-            if sum(rows) != shard["rows"]:
-                raise InputError(f"{path} has {sum(rows)} rows, the manifest says {shard['rows']}")
-            self._open[k] = _Open(batches, np.cumsum([0, *rows[:-1]], dtype=np.int64))
-        return self._open[k]
-
-    def _groups(
-        self, indices: np.ndarray
-    ) -> Iterator[tuple[pa.RecordBatch, np.ndarray, np.ndarray]]:
-        """Record batches with ``indices``: (batch, places in ``indices``, rows in the batch)."""
-        indices = np.asarray(indices, dtype=np.int64)
-        if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
-            raise IndexError(f"rows {indices.min()}..{indices.max()} of a set of {len(self)}")
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for k in np.unique(shards):
-            shard = self._shard(int(k))
-            places = np.flatnonzero(shards == k)
-            rows = indices[places] - self._starts[k]
-            batches = np.searchsorted(shard.starts, rows, side="right") - 1
-            for b in np.unique(batches):
-                here = batches == b
-                yield shard.batches[b], places[here], rows[here] - shard.starts[b]
+        try:
+            self.schema = schema_of(self.kind, self.made_of)
+        except InputError as error:
+            raise InputError(f"{self.folder}/manifest.json: {error}") from error
+        self._batches = RecordBatches(self.folder, self.manifest, self.schema, held_batches)
+        if not lazy:
+            self._batches.look()
+        self._sources: list[Place] | None = None
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self.manifest["rows"])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One row; list columns as arrays (image_tokens uint16 [K*Y*X], crops float32 [K*4])."""
-        batch, _, rows = next(self._groups(np.array([index])))
-        row = batch.slice(int(rows[0]), 1).to_pylist()[0]
-        for field in self.schema:
-            if pa.types.is_fixed_size_list(field.type):
-                row[field.name] = np.array(row[field.name], field.type.value_type.to_pandas_dtype())
+        """One row; list columns as arrays (image_tokens uint16 [K*Y*X], crops float32 [K*4]).
+
+        The ``image`` of a pair set by reference is read where it stands.
+        """
+        rows = np.array([index])
+        row = {name: self.column(name, rows)[0] for name in self.schema.names}
+        row = {n: v.item() if isinstance(v, np.generic) else v for n, v in row.items()}
+        if self.kind == "pairs" and "image" not in row:
+            row["image"] = self._referred(row)
         return row
 
-    def image_tokens(self, indices: np.ndarray) -> np.ndarray:
-        """Codes of many rows of a token set: int64 [n] -> uint16 [n, K*Y*X]."""
-        width = self.schema.field("image_tokens").type.list_size
-        tokens = np.empty((len(indices), width), np.uint16)
-        for batch, places, rows in self._groups(indices):
-            view = batch.column("image_tokens").flatten().to_numpy().reshape(-1, width)
-            tokens[places] = view[rows]
-        return tokens
+    # ---- columns
 
-    def column(self, name: str, indices: np.ndarray) -> list[Any]:
-        """Values of one column as Python objects, in the order of ``indices``."""
-        values: list[Any] = [None] * len(indices)
-        for batch, places, rows in self._groups(indices):
-            for place, value in zip(places, batch.column(name).take(pa.array(rows)), strict=True):
-                with self._undamaged():
-                    values[place] = value.as_py()
-        return values
+    def column(self, name: str, rows: Rows) -> list[Any] | np.ndarray:
+        """Values of one column in the order of ``rows``, int64 [n].
 
-    def captions(self, indices: np.ndarray) -> list[str]:
+        Strings and bytes as a list; numbers as an array [n], lists of them as an array [n, length].
+        """
+        kind = self.schema.field(name).type
+        if pa.types.is_string(kind):
+            return self._text(name, rows)
+        if pa.types.is_binary(kind):
+            return self._batches.variable(name, rows)
+        if pa.types.is_fixed_size_binary(kind):
+            width = kind.byte_width
+            data = self._batches.fixed(name, rows, width).tobytes()
+            return [data[i : i + width] for i in range(0, len(data), width)]
+        is_list = pa.types.is_fixed_size_list(kind)
+        dtype = np.dtype((kind.value_type if is_list else kind).to_pandas_dtype())
+        width = dtype.itemsize * (kind.list_size if is_list else 1)
+        values = self._batches.fixed(name, rows, width).view(dtype)
+        return values if is_list else values[:, 0]
+
+    def image_tokens(self, rows: Rows, crops: Rows | None = None) -> np.ndarray:
+        """Codes of many rows of a token set.
+
+        Args:
+            rows: int64 [n].
+            crops: which of its K crops is wanted of each row, int64 [n]; all of them when None.
+
+        Returns:
+            uint16 [n, Y*X] of the crops, else uint16 [n, K*Y*X]; owned.
+        """
+        n_image, n_crop = self.made_of["grid"] ** 2, self.made_of["crops"]
+        width = 2 * n_image * (n_crop if crops is None else 1)
+        if crops is not None and crops.size and not 0 <= crops.min() <= crops.max() < n_crop:
+            raise IndexError(f"crops {crops.min()}..{crops.max()} of a set of {n_crop} an image")
+        return self._batches.fixed("image_tokens", rows, width, crops).view(np.uint16)
+
+    def captions(self, rows: Rows) -> list[str]:
         """Captions of many rows."""
-        return self.column("caption", indices)
+        return self._text("caption", rows)
 
-    def keys(self, indices: np.ndarray) -> list[str]:
+    def keys(self, rows: Rows) -> list[str]:
         """Keys of many rows."""
-        return self.column("key", indices)
+        return self._text("key", rows)
 
-    def all_keys(self) -> Iterator[str]:
-        """Every key of the set, in order, without the other columns in memory."""
-        for k in range(len(self._shards)):
-            for batch in self._shard(k).batches:
-                with self._undamaged():
-                    keys = batch.column("key").to_pylist()
-                yield from keys
-
-    @contextmanager
-    def _undamaged(self) -> Iterator[None]:
-        """Text that is not UTF-8 was not written so."""
+    def _text(self, name: str, rows: Rows) -> list[str]:
         try:
-            yield
+            return [value.decode() for value in self._batches.variable(name, rows)]
         except UnicodeDecodeError as error:
+            # not what was written, for Arrow writes no other text
             raise InputError(
                 f"{self.folder} holds text that is damaged ({error.reason}): data_prep.verify "
                 "finds the shard; copy it again or prepare the set again"
             ) from error
 
+    def images(self, rows: Rows) -> list[bytes]:
+        """Encoded pictures of many rows of a pair set, from the shards or from where they stand.
 
-def split_indices(reader: ShardReader, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of the training and of the validation side, int64, by ``split_of``.
+        Raises:
+            InputError: the set has no pictures, or what stands there is not what was ingested.
+        """
+        if self.kind != "pairs":
+            raise InputError(f"{self.folder} is a set of {self.kind}, pictures come from pairs")
+        if self.made_of["bytes"] == "inline":
+            return self._batches.variable("image", rows)
+        columns = [self.column(name, rows) for name in _REFERENCE]
+        return [
+            self._referred(dict(zip(_REFERENCE, values, strict=True)))
+            for values in zip(*columns, strict=True)
+        ]
+
+    def _referred(self, row: dict[str, Any]) -> bytes:
+        """The bytes of one picture in the user's own files, which must be those of then."""
+        key, source, file, offset, size, sha = (row[name] for name in _REFERENCE)
+        if self._sources is None:
+            self._sources = read_sources(self.folder)
+        if source >= len(self._sources):
+            raise InputError(
+                f"{self.folder}/{SOURCES} names {len(self._sources)} sources, picture {key!r} lies "
+                f"in number {source}: put the list of the ingest there"
+            )
+        place = self._sources[source]
+        try:
+            data = place.read(file, int(offset), int(size))
+        except InputError as error:
+            raise InputError(
+                f"{self.folder}: picture {key!r}: {error}; if the source has moved, name its new "
+                f"place in {SOURCES}"
+            ) from error
+        if image_sha(data) != sha:
+            raise InputError(
+                f"{self.folder}: picture {key!r}: bytes {offset}..{offset + size} of {place.uri} "
+                f"{file} are not those that were ingested: put the old file there, or ingest again"
+            )
+        return data
+
+    def decode(self, data: bytes, size: int) -> Pixels:
+        """A picture of this set, to be cropped to ``size`` pixels a side: uint8 [H, W, 3].
+
+        Enlarged where it is smaller and the ingest was told to keep such pictures, for crops up to
+        the size that it was told.
+
+        Raises:
+            ImageError: the bytes are no usable picture.
+        """
+        pixels = decode_image(data)
+        if self.made_of["upscale"] and size <= self.made_of["image_size"]:
+            return enlarge(pixels, size)
+        return pixels
+
+    def batches(self, k: int) -> Iterator[pa.RecordBatch]:
+        """The record batches of shard ``k``, each read whole and checked.
+
+        Raises:
+            InputError: one is damaged.
+        """
+        return self._batches.whole(k)
+
+    # ---- sides
+
+    def split(self, which: str) -> Side:
+        """The rows to train on ("train") or for validation ("val").
+
+        Raises:
+            InputError: there are none.
+        """
+        assert which in ("train", "val")
+        shards, first = self.manifest["shards"], self._batches.starts[:-1]
+        n_val = np.array([shard["val_rows"] for shard in shards], np.int64)
+        n_train = np.diff(self._batches.starts) - n_val
+        side = Side(first, n_train) if which == "train" else Side(first + n_train, n_val)
+        if not len(side):
+            fraction = self.made_of.get("val_fraction")
+            raise InputError(
+                f"{self.folder}: of {len(self)} rows, {n_train.sum()} are to train on and "
+                f"{n_val.sum()} to validate with, "
+                + (f"at val_fraction {fraction}, " if fraction is not None else "")
+                + "and both need one: add data or ingest again with another --val-fraction"
+            )
+        return side
+
+
+_REFERENCE = ("key", "source", "file", "offset", "size", "image_sha")
+
+
+def read_sources(folder: Path) -> list[Place]:
+    """The roots that a pair set by reference was ingested from, as ``sources.json`` names them.
 
     Raises:
-        InputError: one side has no rows, or val_fraction is not in [0, 1].
+        InputError: no such file, or no list of names.
     """
-    is_val = np.array([split_of(key, val_fraction) == "val" for key in reader.all_keys()], bool)
-    n_val = int(is_val.sum())
-    if n_val in (0, len(is_val)):
+    path = folder / SOURCES
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
         raise InputError(
-            f"{reader.folder}: of {len(is_val)} rows, {len(is_val) - n_val} are to train on and "
-            f"{n_val} to validate with, at val_fraction {val_fraction}, and both need one: "
-            "add data or change val_fraction in the preset"
-        )
-    return np.flatnonzero(~is_val), np.flatnonzero(is_val)
+            f"{path} cannot be read ({error.strerror}): it is a list of the places that the "
+            "pictures lie in; copy it again or write it"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error}): correct it") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path} is no list of places: correct it")
+    return [Place(name) for name in names]

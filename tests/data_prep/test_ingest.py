@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from data_prep import ingest as ingest_module
+from data_prep.hashes import phash
 from data_prep.ingest import Reject, clean_caption, ingest, table
 from pipeline.console import InputError
 from pipeline.data.images import decode_image
-from pipeline.data.schema import image_sha
+from pipeline.data.schema import image_sha, split_of
 from pipeline.data.shards import ShardReader, ShardWriter
 
 ROOT = Path(__file__).parents[2]
@@ -185,6 +186,21 @@ def test_good_rows_keep_their_bytes_and_tell_their_upright_size(zoo, tmp_path):
     assert rows["日本/犬 🐶"]["caption"] == "子犬"
     assert rows["one/same"]["caption"] == "first"
     assert list(rows) == sorted(rows)
+    for key, (_, image, _, _) in GOOD.items():
+        assert rows[key]["phash"] == phash(decode_image(image))
+
+
+def test_validation_rows_come_last_and_are_those_of_the_split(zoo, tmp_path):
+    ingest([zoo[0]], tmp_path / "out", 32, upscale=False, val_fraction=0.5)
+    reader = ShardReader(tmp_path / "out", "pairs")
+    assert reader.made_of["val_fraction"] == 0.5
+    assert reader.made_of["bytes"] == "inline"
+    for which in ("train", "val"):
+        side = reader.split(which)
+        keys = reader.keys(side.rows(np.arange(len(side))))
+        assert keys == sorted(key for key in GOOD if split_of(key, 0.5) == which)
+    with pytest.raises(InputError, match=r"val_fraction 0\.5 and not 0\.1"):
+        ingest([zoo[0]], tmp_path / "out", 32, upscale=False, val_fraction=0.1)
 
 
 def test_an_archive_gives_the_same_shards_as_the_folder(zoo, tmp_path):
@@ -222,7 +238,7 @@ def test_a_key_that_comes_twice_is_kept_once(tmp_path):
     assert (summary["rows_in"], summary["rows_out"]) == (7, 3)
 
 
-def test_upscale_enlarges_what_is_small_and_nothing_else(tmp_path):
+def test_upscale_keeps_what_is_small_as_it_is_to_be_enlarged_by_readers(tmp_path):
     root = small_set(tmp_path / "in", 1)
     small = np.full((20, 10, 3), (10, 200, 90), np.uint8)
     write_pair(root, "small", "gif", encoded(small, "GIF"), b"green")
@@ -232,9 +248,9 @@ def test_upscale_enlarges_what_is_small_and_nothing_else(tmp_path):
     assert summary["rejects"] == {"side below 8": 1, "too long to be enlarged": 1}
     assert summary["notes"] == {"palette": 1, "upscaled": 2}
     row = read(tmp_path / "out")["small"]
-    assert (row["width"], row["height"]) == (300, 600)
-    assert row["image_sha"] == image_sha(row["image"])
-    pixels = decode_image(row["image"])
+    assert (row["width"], row["height"]) == (10, 20)
+    assert row["image"] == (root / "small.gif").read_bytes()
+    pixels = ShardReader(tmp_path / "out").decode(row["image"], 300)
     assert pixels.shape == (600, 300, 3)
     assert (pixels == (10, 200, 90)).all()
     summary = ingest([root], tmp_path / "kept", 40, upscale=True)
@@ -278,8 +294,8 @@ def test_a_killed_run_leaves_no_manifest_and_can_be_repeated(tmp_path):
 import os, signal
 from pathlib import Path
 from data_prep import ingest
-from pipeline.data import shards
-shards.ROWS_PER_SHARD["pairs"] = 2
+from pipeline.data import schema
+schema.ROWS_PER_SHARD["pairs"] = 2
 take = ingest._take
 def kill(pair, *rest):
     if pair.key == "003":
@@ -334,7 +350,7 @@ def test_nothing_accepted_is_an_input_error_with_the_commonest_reason(tmp_path):
 
 
 def test_wide_errors_of_the_writer_do_stop_the_job(tmp_path, monkeypatch):
-    def full(self, row):
+    def full(self, row, *, val):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ShardWriter, "add", full)

@@ -6,17 +6,16 @@ import pytest
 
 from data_prep import train_tokenizer as job
 from pipeline.console import InputError
-from pipeline.data.shards import ShardReader, ShardWriter, image_sha
+from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizer import Tokenizer
+from tests.pipeline.data.helpers import pair_row, write
 
 WORDS = ["red", "green", "blue", "circle", "square", "star", "above", "below", "beside", "the", "7"]
 
 
 def pairs(folder, captions):
-    with ShardWriter(folder, "pairs", {"source": "test"}, rows_per_shard=64) as writer:
-        for i, caption in enumerate(captions):
-            row = {"key": str(i), "caption": caption, "image": b"x", "width": 1, "height": 1}
-            writer.add(row | {"image_sha": image_sha(b"x")})
+    rows = (pair_row(str(i), b"x", caption=caption) for i, caption in enumerate(captions))
+    write(folder, "pairs", rows, 64)
     return folder
 
 

@@ -55,11 +55,16 @@ def test_a_path_that_cannot_be_used_is_a_sentence(tmp_path, capsys, act):
 
 
 def test_a_full_disk_is_a_sentence_and_a_broken_connection_a_bug(capsys):
-    with pytest.raises(SystemExit) as ended:
-        command(raises(OSError(errno.ENOSPC, "No space left on device")))
-    assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert said == "error: No space left on device; make room and start again\n"
+    for error, sentence in [
+        (OSError(errno.ENOSPC, "Error of a library"), "No space left on device; make room"),
+        (OSError(errno.EDQUOT, "quota", "set/a"), "set/a: Disk quota exceeded; make room"),
+        (OSError(errno.EFBIG, "big", "set/a"), "set/a: File too large; raise ulimit -f"),
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            command(raises(error))
+        assert ended.value.code == 2
+        said = capsys.readouterr().err
+        assert said == f"error: {sentence} and start again: what is committed stays\n"
     with pytest.raises(ConnectionError):
         command(raises(ConnectionError("peer is gone")))
 

@@ -1,5 +1,6 @@
 """Files are whole or not there."""
 
+import errno
 import json
 import os
 
@@ -19,6 +20,18 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         write_bytes(path, b"new")
     assert json.loads(path.read_text()) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_without_room_names_the_file_in_the_systems_words(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: ...")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_bytes(tmp_path / "value.json", b"new")
+    assert caught.value.filename == str(tmp_path / "value.json")
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_the_same_content_gives_the_same_bytes(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from pipeline import presets, train_dalle
 from pipeline.config import DalleConfig
 from pipeline.console import InputError
-from pipeline.data.shards import ShardReader, ShardWriter, image_sha
+from pipeline.data.shards import ShardReader, ShardWriter, image_sha, split_of
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.models.dalle import NO_TOKEN, load_dalle
 from pipeline.models.dvae import load_dvae
@@ -23,16 +23,19 @@ pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 CPU_CONFIG = runs.ROOT / "ds_configs/zero3_cpu.json"
 
 
-def random_tokens(folder, grid, n_vocab, rows=40):
+def random_tokens(folder, grid, n_vocab, rows=40, val=None):
     """A token set of random codes whose captions have one to seven words."""
     rng = np.random.default_rng(0)
+    if val is None:
+        val = [i for i in range(rows) if split_of(f"k{i}", 0.2) == "val"]
     made_of = {"grid": grid, "n_vocab": n_vocab, "crops": 1, "dvae": "random"}
     with ShardWriter(folder, "tokens", made_of) as writer:
         for i in range(rows):
             caption = " ".join(rng.choice(["a", "small", "green", "circle"], 1 + i * 5 % 7))
             codes = rng.integers(0, n_vocab, grid * grid).astype(np.uint16)
             row = {"key": f"k{i}", "caption": caption, "image_sha": image_sha(b"")}
-            writer.add(row | {"image_tokens": codes, "crops": np.zeros(4, np.float32)})
+            row |= {"image_tokens": codes, "crops": np.zeros(4, np.float32)}
+            writer.add(row, val=i in val)
     return folder
 
 
@@ -237,11 +240,12 @@ def test_an_out_that_is_a_file_is_refused(tiny, tmp_path, monkeypatch):
         call(monkeypatch, *arguments("dalle", tiny, tmp_path / "out", "dalle"))
 
 
-def test_a_split_that_leaves_nothing_to_validate_is_refused(tiny, tmp_path):
-    for fraction, counts in ((0.0, "64 are to train on and 0"), (1.0, "0 are to train on and 64")):
-        run = dataclasses.replace(runs.dalle(), val_fraction=fraction)
-        with pytest.raises(InputError, match=rf"of 64 rows, {counts} .* change val_fraction"):
-            DalleStage(run, str(tiny.tokens), str(tiny.tokenizer))
+@pytest.mark.parametrize("val", [(), range(40)], ids=["none", "all"])
+def test_a_set_that_leaves_nothing_to_train_on_or_validate_with_is_refused(tiny, tmp_path, val):
+    tokens = random_tokens(tmp_path / "tokens", runs.GRID, runs.N_CODES, val=val)
+    counts = f"of 40 rows, {40 - len(val)} are to train on and {len(val)} to validate with"
+    with pytest.raises(InputError, match=rf"{counts}, .* another --val-fraction"):
+        DalleStage(runs.dalle(), str(tokens), str(tiny.tokenizer))
 
 
 def damaged_dvae(tiny, tmp_path):

@@ -73,7 +73,7 @@ def test_reconstructions_stand_under_their_originals(tiny, trained):
         sheet = np.asarray(picture)
     size, stage = runs.IMAGE_SIZE, stage_of(tiny)
     assert sheet.shape == (2 * (size + GAP) - GAP, 8 * (size + GAP) - GAP, 3)
-    pixels = decode_image(stage.reader[stage.val_rows[0]]["image"])
+    pixels = decode_image(stage.reader[stage.val_side.rows(np.array([0]))[0]]["image"])
     np.testing.assert_array_equal(sheet[:size, :size], centre_crop(pixels, size))
     dvae, _ = load_dvae(out)
     original_BCYX = torch.from_numpy(centre_crop(pixels, size)).permute(2, 0, 1)[None] / 255

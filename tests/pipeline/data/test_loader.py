@@ -10,8 +10,9 @@ from data_prep.train_tokenizer import NORMALIZER, train
 from pipeline.console import InputError
 from pipeline.data.images import augment_dvae, centre_crop
 from pipeline.data.loader import PairLoader, TokenLoader, prefetch, sample_seed
-from pipeline.data.shards import ShardReader, ShardWriter, image_sha
+from pipeline.data.shards import ShardReader, ShardWriter, Side, image_sha
 from pipeline.data.tokenizer import save_tokenizer
+from tests.pipeline.data.helpers import PAIRS, pair_row
 
 N_ROWS = 1100
 BATCH = 12
@@ -39,10 +40,15 @@ def tokenizer(tmp_path_factory):
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), model, 300, NORMALIZER, {})
 
 
+def side_of(rows):
+    """A side of these very rows."""
+    return Side(rows, np.ones(len(rows), np.int64))
+
+
 def token_loader(reader, tokenizer, indices=None, **changes):
-    indices = np.arange(N_ROWS) if indices is None else indices
+    side = side_of(np.arange(N_ROWS) if indices is None else indices)
     options = {"batch": BATCH, "rank": 0, "world": 1, "n_text": 24, "seed": 3, "dropout": 0.1}
-    return TokenLoader(reader, tokenizer, indices, **(options | changes))
+    return TokenLoader(reader, tokenizer, side, **(options | changes))
 
 
 def global_batch(make, position, batch, world):
@@ -134,7 +140,7 @@ def test_impossible_loaders_are_named(reader, tokenizer):
         ({"world": 5}, "a batch of 12 does not divide over 5 ranks"),
         ({"batch": 0}, "a batch of 0"),
         ({"rank": 2, "world": 2}, r"rank 2 is outside 0\.\.1"),
-        ({"indices": np.empty(0, np.int64)}, "no samples"),
+        ({"indices": np.empty(0, np.int64)}, "0 samples"),
         ({"seed": None}, "dropout 0.1 without a seed"),
     ]:
         with pytest.raises(InputError, match=words):
@@ -142,7 +148,7 @@ def test_impossible_loaders_are_named(reader, tokenizer):
     with pytest.raises(InputError, match="position -12"):
         token_loader(reader, tokenizer).batch_at(-12)
     with pytest.raises(InputError, match="pictures come from pairs"):
-        PairLoader(reader, np.arange(3), batch=1, rank=0, world=1, size=8, seed=0)
+        PairLoader(reader, side_of(np.arange(3)), batch=1, rank=0, world=1, size=8, seed=0)
 
 
 def test_sets_that_a_loader_cannot_read_are_named(tokenizer, tmp_path, pair_reader):
@@ -174,20 +180,19 @@ def picture(i):
 @pytest.fixture(scope="module")
 def pair_reader(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    with ShardWriter(folder, "pairs", {"source": "test"}, rows_per_shard=10) as writer:
+    with ShardWriter(folder, "pairs", PAIRS, rows_per_shard=10) as writer:
         for i in range(23):
             Image.fromarray(picture(i)).save(file := io.BytesIO(), format="PNG")
             data = file.getvalue() if i < 21 else file.getvalue()[: 60 if i == 21 else 0]
             height, width = picture(i).shape[:2]
-            row = {"key": f"p{i}", "caption": "a", "image": data, "image_sha": image_sha(data)}
-            writer.add(row | {"width": width, "height": height})
+            writer.add(pair_row(f"p{i}", data, width=width, height=height))
     return ShardReader(folder)
 
 
 def pair_loader(reader, indices=None, **changes):
-    indices = np.arange(20) if indices is None else indices
+    side = side_of(np.arange(20) if indices is None else indices)
     options = {"batch": 6, "rank": 0, "world": 1, "size": SIZE, "seed": 5}
-    return PairLoader(reader, indices, **(options | changes))
+    return PairLoader(reader, side, **(options | changes))
 
 
 def test_pictures_are_the_papers_crops_keyed_by_the_sample(pair_reader):
@@ -220,12 +225,8 @@ def test_pictures_do_not_depend_on_ranks_or_the_cache(pair_reader):
 
 def test_the_cache_keeps_its_bound_and_spares_decoding(pair_reader, monkeypatch):
     decoded = []
-    decode = PairLoader._decoded.__globals__["decode_image"]
-    monkeypatch.setitem(
-        PairLoader._decoded.__globals__,
-        "decode_image",
-        lambda data: decoded.append(1) or decode(data),
-    )
+    decode = ShardReader.decode
+    monkeypatch.setattr(ShardReader, "decode", lambda *args: decoded.append(1) or decode(*args))
     bound = 8000
     loader = pair_loader(pair_reader, cache_bytes=bound)
     for _ in range(2):

@@ -1,0 +1,351 @@
+"""Record batches of a shard set through pread: what stands where, checked before a row is believed.
+
+Files are never mapped: one that is cut under a map kills the process, here it is an error that
+names it. The first row that is wanted of a record batch makes the whole of it be read, held
+against its crc32 and parsed; from then on only the place of its buffers is kept, and rows are read
+where they stand. A file that is another one than before (size, time, inode) is checked anew.
+"""
+
+import itertools
+import os
+import struct
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import ipc
+
+from pipeline.console import InputError
+from pipeline.data.schema import COPY_AGAIN, read_batch_table
+
+Rows = NDArray[np.int64]
+
+MAX_OPEN = 256  # files at once; many systems stop a process at 1024
+_SHARD, _NUMBER, _ROWS, _AT, _BYTES, _CRC = range(6)  # columns of RecordBatches._facts
+_TWO = struct.Struct("<ii")
+
+
+class _File:
+    """An open shard; the system closes it with the last user."""
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.identity = identity(os.fstat(self._descriptor))
+
+    def read(self, size: int, at: int) -> bytes:
+        return os.pread(self._descriptor, size, at)
+
+    def __del__(self) -> None:
+        # not set when the file could not be opened
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+class _Held:
+    """A record batch in memory, read as if it were the file that it stands in."""
+
+    def __init__(self, message: bytes, at: int) -> None:
+        self._message, self._at = message, at
+
+    def read(self, size: int, at: int) -> bytes:
+        return self._message[at - self._at : at - self._at + size]
+
+
+def identity(status: os.stat_result) -> tuple[int, int, int]:
+    """What tells a file from another one of its name: size, time of its last change, inode."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+class RecordBatches:
+    """The record batches of the shards of one set. Threads may share it.
+
+    Memory grows with the record batches that were touched, some 100 bytes each: 13 MB for all of
+    250 million rows.
+
+    Args:
+        folder: of the set.
+        manifest: its content; entries of shards are known to have their fields.
+        schema: columns of the set.
+        n_held: so many record batches stay in memory, the last used; rows of theirs are then read
+            from there, and a touched batch is read whole each time it comes in.
+
+    Attributes:
+        starts: first row of each shard and the number of all rows, int64 [shards + 1].
+    """
+
+    def __init__(
+        self, folder: Path, manifest: dict[str, Any], schema: pa.Schema, n_held: int
+    ) -> None:
+        self.folder, self.schema, self._n_held = folder, schema, n_held
+        self._shards: list[dict[str, Any]] = manifest["shards"]
+        self._made_of = {name: manifest[name] for name in ("kind", "made_of")}
+        rows = [shard["rows"] for shard in self._shards]
+        self.starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)]).astype(np.int64)
+        self._paths = [str(folder / shard["name"]) for shard in self._shards]
+        # number of a column's first buffer: strings have two, offsets and bytes
+        self._buffer_of: dict[str, int] = {}
+        n_buffers = 0
+        for field in schema:
+            self._buffer_of[field.name] = n_buffers
+            n_buffers += 1 + _is_variable(field.type)
+        # one row for each record batch of the touched shards, in the order of their rows
+        self._first = np.empty(0, np.int64)
+        self._facts = np.empty((0, 6), np.int64)
+        self._buffers = np.empty((0, n_buffers), np.int64)
+        self._checked = np.empty(0, np.bool_)
+        self._touched = np.zeros(len(rows), np.bool_)
+        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._identities: dict[int, tuple[int, int, int]] = {}
+        self._held: OrderedDict[int, _Held] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def look(self) -> None:
+        """Raise ``InputError`` unless every shard is there and has its size."""
+        problems = []
+        for k in range(len(self._shards)):
+            try:
+                self._look(k)
+            except InputError as error:
+                problems.append(str(error))
+        if problems:
+            more = f" ({len(problems) - 1} more shards are damaged)" if len(problems) > 1 else ""
+            raise InputError(problems[0] + more)
+
+    # ---- rows
+
+    def fixed(self, name: str, rows: Rows, width: int, part: Rows | None = None) -> np.ndarray:
+        """Values of a column whose values have one length.
+
+        Args:
+            name: of the column.
+            rows: int64 [n], any order, with repeats.
+            width: bytes to read of each row.
+            part: int64 [n], which of the parts of ``width`` bytes of each row; the first if None.
+
+        Returns:
+            uint8 [n, width], owned.
+        """
+        places, rows = _ascending(rows)
+        pitch = _width(self.schema.field(name).type)
+        with self._lock:
+            batches, sources = self._find(rows)
+            at = self._buffers[batches, self._buffer_of[name]]
+            at += (rows - self._first[batches]) * pitch
+            if part is not None:
+                at += (part if places is None else part[places]) * width
+            # one read for what stands side by side
+            seams = np.flatnonzero((np.diff(at) != width) | (np.diff(batches) != 0)) + 1
+            where, parts = at.tolist(), []
+            for start, stop in _runs(seams, len(rows)):
+                size = (stop - start) * width
+                parts.append(self._read(sources[start], size, where[start], batches[start]))
+        values = np.frombuffer(b"".join(parts), np.uint8).reshape(len(rows), width)
+        if places is None:
+            return values.copy()
+        result = np.empty_like(values)
+        result[places] = values
+        return result
+
+    def variable(self, name: str, rows: Rows) -> list[bytes]:
+        """Values of a column of strings or bytes, in the order of ``rows``."""
+        places, rows = _ascending(rows)
+        values: list[bytes] = []
+        buffer = self._buffer_of[name]
+        with self._lock:
+            batches, sources = self._find(rows)
+            at = (self._buffers[batches, buffer] + (rows - self._first[batches]) * 4).tolist()
+            data_at = self._buffers[batches, buffer + 1].tolist()
+            seams = np.flatnonzero((np.diff(rows) != 1) | (np.diff(batches) != 0)) + 1
+            for start, stop in _runs(seams, len(rows)):
+                source, n = sources[start], stop - start
+                data = self._read(source, 4 * n + 4, at[start], batches[start])
+                ends = _TWO.unpack(data) if n == 1 else struct.unpack(f"<{n + 1}i", data)
+                first, size = ends[0], ends[-1] - ends[0]
+                if first < 0 or size < 0:
+                    raise self._damaged(batches[start], "its offsets run backwards")
+                data = self._read(source, size, data_at[start] + first, batches[start])
+                if n == 1:
+                    values.append(data)
+                else:
+                    values += (data[a - first : z - first] for a, z in itertools.pairwise(ends))
+        if places is None:
+            return values
+        result = [b""] * len(values)
+        for place, value in zip(places.tolist(), values, strict=True):
+            result[place] = value
+        return result
+
+    def whole(self, k: int) -> Iterator[pa.RecordBatch]:
+        """The record batches of shard ``k``, each read and checked now."""
+        first, stop = self.starts[k], self.starts[k + 1]
+        while first < stop:
+            with self._lock:
+                file = self._file(k)
+                b = int(np.searchsorted(self._first, first))
+                batch = self._parse(b, self._message(b, file))
+            yield batch
+            first += batch.num_rows
+
+    # ---- record batches
+
+    def _find(self, rows: Rows) -> tuple[Rows, list[_File] | list[_Held]]:
+        """Record batch of each of ``rows``, ascending, and what its bytes are to be read from."""
+        if rows.size and not 0 <= rows[0] <= rows[-1] < self.starts[-1]:
+            raise IndexError(f"rows {rows[0]}..{rows[-1]} of a set of {self.starts[-1]}")
+        shards = (np.searchsorted(self.starts, rows, side="right") - 1).tolist()
+        files = {k: self._file(k) for k in dict.fromkeys(shards)}
+        # their numbers change when a shard is touched, so that they are asked for behind it
+        batches = np.searchsorted(self._first, rows, side="right") - 1
+        if self._n_held:
+            return batches, self._in_memory(batches, files)
+        if not self._checked[batches].all():
+            for b in dict.fromkeys(batches[~self._checked[batches]].tolist()):
+                self._parse(b, self._message(b, files[int(self._facts[b, _SHARD])]))
+        return batches, [files[k] for k in shards]
+
+    def _in_memory(self, batches: Rows, files: dict[int, _File]) -> list[_Held]:
+        """Sources of the rows of ``batches`` when whole record batches are kept."""
+        held: dict[int, _Held] = {}
+        for b in dict.fromkeys(batches.tolist()):
+            first = int(self._first[b])
+            if first not in self._held or not self._checked[b]:
+                message = self._message(b, files[int(self._facts[b, _SHARD])])
+                self._parse(b, message)
+                self._held[first] = _Held(message, int(self._facts[b, _AT]))
+            self._held.move_to_end(first)
+            held[b] = self._held[first]
+            if len(self._held) > self._n_held:
+                self._held.popitem(last=False)
+        return [held[b] for b in batches.tolist()]
+
+    def _message(self, b: int, file: _File) -> bytes:
+        """The bytes of a record batch as they were written."""
+        at, size, crc = self._facts[b, [_AT, _BYTES, _CRC]].tolist()
+        message = self._read(file, size, at, b)
+        if (found := zlib.crc32(message)) != crc:
+            raise self._damaged(b, f"its bytes are not those that were written (crc32 {found:08x})")
+        return message
+
+    def _parse(self, b: int, message: bytes) -> pa.RecordBatch:
+        """A record batch, zero-copy; where its buffers stand in the file is remembered."""
+        buffer = pa.py_buffer(message)
+        try:
+            batch = ipc.read_record_batch(ipc.read_message(buffer), self.schema)
+        except (pa.ArrowException, OSError) as error:
+            raise self._damaged(b, f"Arrow cannot read it ({error})") from error
+        at, n_rows = self._facts[b, [_AT, _ROWS]].tolist()
+        if batch.num_rows != n_rows:
+            raise self._damaged(b, f"it has {batch.num_rows} rows, its sidecar says {n_rows}")
+        where = []
+        for column in batch.columns:
+            # the last ones: what lies before them says which values are missing, and none are
+            buffers = column.buffers()[-1 - _is_variable(column.type) :]
+            # an empty buffer may stand anywhere
+            where += [at + (part.address - buffer.address if part else 0) for part in buffers]
+        self._buffers[b] = where
+        self._checked[b] = True
+        return batch
+
+    def _read(self, source: _File | _Held, size: int, at: int, b: int) -> bytes:
+        """Bytes of record batch ``b``, all ``size`` of them."""
+        try:
+            data = source.read(size, at)
+            # systems may give less at a time than was asked for
+            while len(data) < size and (more := source.read(size - len(data), at + len(data))):
+                data += more
+        except OSError as error:
+            raise self._damaged(b, f"it cannot be read ({error.strerror})") from error
+        if len(data) < size:
+            end = at + len(data)
+            raise self._damaged(b, f"the file ends at byte {end}, {at + size} was expected")
+        return data
+
+    def _damaged(self, b: int, what: str) -> InputError:
+        shard, number = self._facts[b, [_SHARD, _NUMBER]].tolist()
+        return InputError(
+            f"{self._paths[shard]}, record batch {number}: {what}; data_prep.verify lists all "
+            "damage; copy the shard again or prepare the set again"
+        )
+
+    # ---- shards
+
+    def _look(self, k: int) -> tuple[int, int, int]:
+        """Identity of a shard that is there and has the bytes that the manifest says."""
+        path, size = self._paths[k], self._shards[k]["bytes"]
+        try:
+            found = identity(os.stat(path))
+        except FileNotFoundError as error:
+            raise InputError(f"{path} is missing: {COPY_AGAIN}") from error
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}): {COPY_AGAIN}") from error
+        if found[0] != size:
+            raise InputError(f"{path} has {found[0]} bytes, the manifest says {size}: {COPY_AGAIN}")
+        return found
+
+    def _file(self, k: int) -> _File:
+        """Shard ``k``, open and known; what was checked of it is forgotten when it has changed."""
+        found = self._look(k)
+        if not self._touched[k]:
+            self._touch(k)
+        file = self._files.get(k)
+        if file is None or file.identity != found:
+            try:
+                file = _File(self._paths[k])
+            except OSError as error:
+                raise InputError(f"{self._paths[k]} cannot be read ({error.strerror})") from error
+            self._files[k] = file
+            if self._identities.setdefault(k, file.identity) != file.identity:
+                self._checked[self._facts[:, _SHARD] == k] = False
+                self._identities[k] = file.identity
+            while len(self._files) > MAX_OPEN:
+                self._files.popitem(last=False)
+        self._files.move_to_end(k)
+        return file
+
+    def _touch(self, k: int) -> None:
+        """Take the record batches of a shard from its sidecar."""
+        table = read_batch_table(self.folder, self._shards[k], self._made_of)
+        rows = table[:, 0]
+        facts = np.column_stack([np.full(len(rows), k), np.arange(len(rows)), table])
+        place = int(np.searchsorted(self._first, self.starts[k]))
+
+        def insert(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+            return np.concatenate([old[:place], new, old[place:]])
+
+        self._first = insert(self._first, self.starts[k] + np.cumsum(rows) - rows)
+        self._facts = insert(self._facts, facts)
+        self._buffers = insert(self._buffers, np.zeros((len(rows), self._buffers.shape[1]), int))
+        self._checked = insert(self._checked, np.zeros(len(rows), np.bool_))
+        self._touched[k] = True
+
+
+def _is_variable(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_binary(kind)
+
+
+def _width(kind: pa.DataType) -> int:
+    """Bytes of one value of a column whose values have one length."""
+    if pa.types.is_fixed_size_list(kind):
+        return int(kind.list_size * kind.value_type.bit_width // 8)
+    return int(kind.bit_width // 8)
+
+
+def _ascending(rows: Rows) -> tuple[Rows | None, Rows]:
+    """``rows`` sorted, and where each was; None when they came so."""
+    rows = np.asarray(rows, np.int64)
+    if (rows[:-1] <= rows[1:]).all():
+        return None, rows
+    places = np.argsort(rows, kind="stable")
+    return places, rows[places]
+
+
+def _runs(seams: np.ndarray, n: int) -> Iterator[tuple[int, int]]:
+    """The ranges of 0..n-1 between ``seams``."""
+    edges = [0, *seams.tolist(), n] if n else []
+    return itertools.pairwise(edges)
