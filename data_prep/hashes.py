@@ -19,6 +19,7 @@ from pipeline.data.images import Pixels
 SIDE = 32  # cells a side of which the hash sees the mean, as in the classic pHash
 LOW = 8  # frequencies a side: 64 bits
 MAX_DISTANCE = 8  # bits of 64 in which two hashes of one picture may differ
+MIN_BITS = 16  # that a hash has at least; half of them where no frequencies are equal
 LUMA = np.array([299.0, 587.0, 114.0])  # thousandths of R, G and B: ITU-R BT.601
 FEW_ROWS = 257  # whose sums of bytes fit 16 bits
 LONG = 8192  # pixels
@@ -31,7 +32,7 @@ def phash(image_HWC: Pixels) -> int:
     The classic pHash: the luma of 32x32 cells, its 8x8 lowest frequencies of a DCT-II, and for each
     whether it is above their median; row by row, the highest bit first. The sums of the cells are
     whole numbers, so exact, and the frequencies are rounded: every machine gives the same bits, and
-    what has no structure has no bits. All pictures of one colour share a hash.
+    what has no structure has no bits. See ``is_telling``.
     """
     height, width = image_HWC.shape[:2]
     is_long = width > LONG
@@ -83,6 +84,14 @@ def _dct() -> NDArray[np.float64]:
     scale = np.full((LOW, 1), np.sqrt(2 / SIDE))
     scale[0] = np.sqrt(1 / SIDE)
     return np.cos(angles) * scale
+
+
+def is_telling(phash: int) -> bool:
+    """Whether equal or near hashes speak for equal pictures.
+
+    They do not for pictures of one colour, which share a hash, nor for stripes and plain gradients.
+    """
+    return phash.bit_count() >= MIN_BITS
 
 
 def hash_line(image_sha: bytes, phash: int) -> str:
@@ -146,12 +155,12 @@ class HashList:
     def matches(self, image_sha: bytes, phash: int) -> str | None:
         """Which line of the list a picture matches and how, or None.
 
-        A picture matches when its bytes are the same, or when its phash is at most
+        A picture matches when its bytes are the same, or when its phash ``is_telling`` and at most
         ``MAX_DISTANCE`` bits away; then the nearest line is named.
         """
         if (line := self._exact.get(image_sha)) is not None:
             return f"the same bytes as line {line}"
-        if not self._lines:
+        if not self._lines or not is_telling(phash):
             return None
         distances = np.bitwise_count(self._hashes ^ np.uint64(phash))
         nearest = int(distances.argmin())

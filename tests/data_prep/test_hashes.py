@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.hashes import MAX_DISTANCE, HashList, hash_line, phash
+from data_prep.hashes import MAX_DISTANCE, HashList, hash_line, is_telling, phash
 from pipeline.console import InputError
 from pipeline.data.images import decode_image, resize_area, resize_area_float
 
@@ -137,6 +137,17 @@ def test_what_has_no_structure_has_no_bits():
     halves[:, 32:] = 200
     # no frequency down the picture, and no even one across
     assert phash(halves) & ~(0xFF << 56) == 0
+
+
+def test_hashes_of_pictures_with_structure_tell_them_apart_and_others_do_not(tmp_path):
+    assert all(is_telling(phash(picture(seed))) for seed in range(200))
+    stripes = np.repeat(picture(0)[:, :1], 160, axis=1)
+    gradient = np.repeat(np.arange(160, dtype=np.uint8)[None, :, None], 120, 0).repeat(3, 2)
+    flat = np.full((50, 50, 3), 200, np.uint8)
+    found = hash_list(tmp_path, "".join(f"{phash(p):016x}\n" for p in (stripes, gradient, flat)))
+    for image in (stripes, gradient, flat, np.full((9, 9, 3), 30, np.uint8), gradient[:, ::-1]):
+        assert not is_telling(phash(image))
+        assert found.matches(SHA, phash(image)) is None
 
 
 def hash_list(tmp_path, text):
