@@ -222,20 +222,19 @@ def pair_by_path(
     """
     if found := caption_problem(caption):
         return broken(key, *found, n_bytes)
-    problem, detail = "image missing", "the source names no file for it"
-    for file in files:
-        try:
+    if not files:
+        return broken(key, "image missing", "the source names no file for it", n_bytes)
+    try:
+        for file in files:
             file.encode()
-            image = place.read(file, limit=IMAGE_LIMIT)
-        except UnicodeEncodeError:
-            return broken(key, "file name not UTF-8", f"rename {file}", n_bytes)
-        except FileProblem as error:
-            problem, detail = PICTURE_PROBLEMS[error.problem], f"{file}: {error.detail}"
-            if error.problem == "missing":
-                continue
-            break
-        return RawPair(as_key(key), image, caption, n_bytes=n_bytes, group=file, file=file)
-    return broken(key, problem, detail, n_bytes)
+        file = files[0] if len(files) == 1 else place.first(files) or files[0]
+        image = place.read(file, limit=IMAGE_LIMIT)
+    except UnicodeEncodeError:
+        return broken(key, "file name not UTF-8", f"rename {files[0]}", n_bytes)
+    except FileProblem as error:
+        detail = f"{files[0]}: {error.detail}"
+        return broken(key, PICTURE_PROBLEMS[error.problem], detail, n_bytes)
+    return RawPair(as_key(key), image, caption, n_bytes=n_bytes, group=file, file=file)
 
 
 def check_unit(place: Place, piece: Piece) -> None:

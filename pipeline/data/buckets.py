@@ -101,6 +101,10 @@ class Bucket:
         found = self.fs.get_file_info(self.path).type
         return {FileType.File: "file", FileType.Directory: "folder"}.get(found, "")
 
+    def are_files(self, paths: list[str]) -> list[bool]:
+        """Whether there is a file at each path."""
+        return [info.type == FileType.File for info in self.fs.get_file_info(paths)]
+
     def version(self, path: str) -> tuple[int, int]:
         """Size and time of a file, which change when it does."""
         info = self.fs.get_file_info(path)
