@@ -114,6 +114,14 @@ def test_the_page_tells_every_count(tmp_path):
     assert text.count("Hund") == 4
 
 
+def test_a_chart_shows_the_empty_bins_between_others(tmp_path):
+    ledger = Ledger(rows_in=2)
+    for words in (2, 4):
+        ledger.accept("k", "dog " * words, width=9, height=9, n_bytes=9)
+    text = Page(make(tmp_path, ledger)).text()
+    assert "caption words\n2\n1 · 50.0 %\n3\n0\n4\n1 · 50.0 %\n" in text
+
+
 def test_the_pictures_are_in_the_page(tmp_path):
     images = Page(make(tmp_path, small())).attributes("img")
     assert len(images) == 24 + 1 + 3

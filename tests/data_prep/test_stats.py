@@ -106,6 +106,8 @@ def test_perplexity_is_the_number_of_codes_that_are_alike_frequent():
     assert Codes(np.array([5, 0, 5, 5, 5])).perplexity == pytest.approx(4)
     assert Codes(np.array([0, 9])).perplexity == pytest.approx(1)
     assert Codes(np.array([1, 3, 3, 0])).top(2) == [(1, 3 / 7), (2, 3 / 7)]
+    many = np.array([1, 3] * 500)
+    assert [code for code, _ in Codes(many).top(200)] == list(range(1, 400, 2))
 
 
 def test_caption_tokens_are_counted_with_a_tokenizer(tmp_path):
