@@ -21,8 +21,12 @@ def test_a_function_is_loaded_from_its_file(tmp_path):
 
 
 def test_a_colon_may_stand_in_the_path(tmp_path):
-    (tmp_path / "a:b.py").write_text("def f():\n    return 1\n")
-    assert load_function(f"{tmp_path}/a:b.py:f", "thing")() == 1
+    (tmp_path / "a:b.py").write_text("def f(x):\n    return 1 / x\n")
+    function = load_function(f"{tmp_path}/a:b.py:f", "thing")
+    assert function(1) == 1
+    with pytest.raises(ZeroDivisionError) as caught:
+        function(0)
+    assert "(line 2)" in blame(caught.value, f"{tmp_path}/a:b.py:f")
 
 
 def test_what_the_file_raises_is_told_with_its_line(tmp_path):
