@@ -1,22 +1,26 @@
 """Pictures of a pair shard set -> their codes under a frozen dVAE, as a token shard set.
 
     python -m data_prep.encode --data PAIRS --dvae DIR --out DIR
-    deepspeed --module data_prep.encode --data PAIRS --dvae DIR --out DIR
+    deepspeed --module data_prep.encode ... (torchrun, srun)     ranks share the shards
+    python -m data_prep.encode ... --engine ray                  tasks of a Ray cluster
 
-Token shard k holds the rows of pair shard k, in order. Ranks take shards k = rank, rank + world,
-... and need not know of each other; who finds every shard committed writes the manifest. A run that
-was stopped goes on where it was, also with another number of ranks.
+Token shard k holds the rows of pair shard k, in order. Ranks and workers need not know of each
+other; who finds every shard committed writes the manifest. A run that was stopped goes on where it
+was, with any number of them. Crops hang on seed and key alone; codes also on the batch, whose shape
+never changes, and on the number format: both belong to the set.
 
-Legend: B pictures, Y X code grid; in image_BYXC Y X are pixels and C = 3 colours.
+Legend: B pictures, K crops of a picture, Y X code grid; in image_BYXC Y X are pixels, C 3 colours.
 """
 
 import argparse
+import json
 import os
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -24,17 +28,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from data_prep.engines import ENGINES, Launch, launch_of, run, workers_of
 from pipeline.console import Bar, InputError, OwnError, command, logger
+from pipeline.data.commit import is_committed, write_manifest, write_shard
 from pipeline.data.images import Pixels, augment_dalle
 from pipeline.data.loader import prefetch
-from pipeline.data.schema import read_json, shard_name
-from pipeline.data.shards import ShardReader, write_manifest, write_shard
+from pipeline.data.schema import read_json
+from pipeline.data.shards import ShardReader
 from pipeline.models.dvae import DiscreteVAE, load_dvae
 
 log = logger("encode")
 
 MAX_BATCH = 4096  # 3 GB of 256-pixel pictures as float32
+MAX_CROPS = 64
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DECODERS = 16  # threads, at most: 500 to 1,100 pictures a second each
 
 
 def crop_rng(seed: int, key: str, crop: int) -> np.random.Generator:
@@ -61,148 +71,48 @@ def crop_box(height: int, width: int, size: int, rng: np.random.Generator) -> np
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank of a run agrees on."""
+    """What every rank of a run agrees on; picklable.
+
+    Args:
+        data, dvae, out: folders of the pairs, of the frozen dVAE and of the tokens.
+        made_of: ``describe``.
+        local_rank: which GPU of its machine a process takes.
+    """
+
+    data: Path
+    dvae: Path
+    out: Path
+    made_of: dict[str, Any]
+    local_rank: int = 0
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether there is a GPU."""
+        return torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class _Tools:
+    """What a process opens once."""
 
     pairs: ShardReader
     dvae: DiscreteVAE
-    out: Path
-    made_of: dict[str, Any]
-    batch: int
-
-    @property
-    def n_shards(self) -> int:
-        """Shards of the pair set, and of the token set."""
-        return len(self.pairs.manifest["shards"])
-
-    def rows(self, k: int) -> np.ndarray:
-        """Row numbers of pair shard ``k``."""
-        counts = [shard["rows"] for shard in self.pairs.manifest["shards"]]
-        return np.arange(sum(counts[:k]), sum(counts[: k + 1]))
+    device: torch.device
 
 
-def describe(pairs: ShardReader, dvae: DiscreteVAE, fingerprint: str, seed: int) -> dict[str, Any]:
-    """``made_of`` of the token set: the same description stands for the same codes."""
-    return {
-        "dvae": fingerprint,
-        "pairs": pairs.fingerprint,
-        "image_size": dvae.config.image_size,
-        "grid": dvae.config.grid,
-        "n_vocab": dvae.config.n_vocab,
-        "crops": 1,
-        "crop_seed": seed,
-    }
-
-
-def is_committed(job: Job, k: int) -> bool:
-    """Whether token shard ``k`` is finished.
-
-    Raises:
-        InputError: it is, but was made of something else.
-    """
-    path = job.out / shard_name(k)
-    sidecar_path = path.with_suffix(".json")
-    if not sidecar_path.exists():
-        return False
-    sidecar = read_json(sidecar_path)
-    if not {"made_of", "rows", "val_rows", "bytes"} <= set(sidecar):
-        raise InputError(
-            f"{sidecar_path} describes no shard: delete it, and this run makes it again"
-        )
-    for name, wanted in job.made_of.items():
-        if (found := sidecar["made_of"].get(name)) != wanted:
-            raise InputError(
-                f"{job.out} holds tokens with {name} {found}, this run makes them with {name} "
-                f"{wanted}: name another --out, or delete that folder"
-            )
-    is_whole = path.is_file() and path.stat().st_size == sidecar["bytes"]
-    pairs = job.pairs.manifest["shards"][k]
-    return bool(is_whole and all(sidecar[name] == pairs[name] for name in ("rows", "val_rows")))
-
-
-def _crop(
-    data: bytes, key: str, pairs: ShardReader, size: int, seed: int
-) -> tuple[Pixels, np.ndarray]:
-    try:
-        pixels = pairs.decode(data, size)
-        crop = augment_dalle(pixels, size, crop_rng(seed, key, 0))
-    except InputError as error:
-        raise OwnError(f"picture {key!r}: {error}") from error  # other ranks read other pictures
-    height, width = pixels.shape[:2]
-    return crop, crop_box(height, width, size, crop_rng(seed, key, 0))
-
-
-def _batches(job: Job, k: int, pool: ThreadPoolExecutor) -> Iterator[tuple[dict, np.ndarray]]:
-    """Columns of up to ``batch`` rows, and their crops uint8 image_BYXC with B = batch always."""
-    size, seed = job.made_of["image_size"], job.made_of["crop_seed"]
-    rows = job.rows(k)
-    for start in range(0, len(rows), job.batch):
-        ids = rows[start : start + job.batch]
-        columns: dict[str, Any] = {
-            name: job.pairs.column(name, ids) for name in ("key", "caption", "image_sha")
-        }
-        # one shape for all batches: a convolution may round otherwise for another
-        image_BYXC = np.zeros((job.batch, size, size, 3), np.uint8)
-        columns["crops"] = []
-        crop = partial(_crop, pairs=job.pairs, size=size, seed=seed)
-        crops = pool.map(crop, job.pairs.images(ids), columns["key"])
-        for i, (pixels, box) in enumerate(crops):
-            image_BYXC[i] = pixels
-            columns["crops"].append(box)
-        yield columns, image_BYXC
-
-
-@torch.inference_mode()
-def _token_rows(
-    job: Job, k: int, pool: ThreadPoolExecutor, device: torch.device, bar: Bar
-) -> Generator[dict[str, Any], None, None]:
-    """Rows of token shard ``k``; the next pictures are decoded while the dVAE works."""
-    with closing(prefetch(_batches(job, k, pool))) as batches:
-        for columns, image_BYXC in batches:
-            image_BCYX = torch.from_numpy(image_BYXC).to(device).permute(0, 3, 1, 2).float() / 255
-            codes_BYX = job.dvae.encode(image_BCYX).cpu().numpy()
-            n = len(columns["key"])
-            for i in range(n):
-                row = {name: values[i] for name, values in columns.items()}
-                yield row | {"image_tokens": codes_BYX[i].ravel()}
-            bar.advance(n)
-
-
-def encode(job: Job, rank: int, world: int, device: torch.device) -> dict[str, Any] | None:
-    """Encode this rank's shards; the manifest when the set is complete, None while others work.
-
-    Raises:
-        InputError: the folder holds tokens that were made of something else, or a picture that
-            cannot be decoded or is smaller than the dVAE's.
-    """
-    job.out.mkdir(parents=True, exist_ok=True)
-    committed = {k for k in range(job.n_shards) if is_committed(job, k)}
-    mine = list(range(rank, job.n_shards, world))
-    total, done = (
-        sum(len(job.rows(k)) for k in shards) for shards in (mine, committed & set(mine))
-    )
-    if done:
-        log.info("%d of %d pictures are encoded already", done, total)
-    workers = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    with ThreadPoolExecutor(min(workers, 16)) as pool, Bar("encode", total, done) as bar:
-        for k in mine:
-            if k not in committed:
-                pairs = job.pairs.manifest["shards"][k]
-                with closing(_token_rows(job, k, pool, device, bar)) as rows:
-                    # the same rows train and validate as in the pair shard, and in its order
-                    train = islice(rows, pairs["rows"] - pairs["val_rows"])
-                    made = write_shard(job.out, k, "tokens", train, job.made_of, val_rows=rows)
-                assert all(made[name] == pairs[name] for name in ("rows", "val_rows"))
-    if not all(is_committed(job, k) for k in range(job.n_shards)):
-        log.info("done; other ranks are still at work, the last one writes the manifest")
-        return None
-    manifest = write_manifest(job.out, "tokens", job.n_shards, job.made_of)
-    assert manifest["rows"] == len(job.pairs)
-    return manifest
+@lru_cache(maxsize=1)
+def _tools(data: Path, dvae: Path, dtype: str, local_rank: int) -> _Tools:
+    device = _device(local_rank)
+    model, _ = load_dvae(dvae, device)
+    model.set_compute_dtype(DTYPES[dtype])
+    return _Tools(ShardReader(data, kind="pairs"), model, device)
 
 
 def _device(local_rank: int) -> torch.device:
     """A GPU when there is one, set so that the same picture gives the same codes."""
     if not torch.cuda.is_available():
+        # sums that several threads share may end in another bit, and workers share the cores
+        torch.set_num_threads(1)
         return torch.device("cpu")
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
@@ -211,25 +121,233 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
+def describe(
+    pairs: ShardReader, dvae: DiscreteVAE, fingerprint: str, *, crops: int, seed: int, batch: int,
+    dtype: str,
+) -> dict[str, Any]:  # fmt: skip
+    """``made_of`` of the token set: the same description stands for the same codes.
+
+    Raises:
+        InputError: batch, crops or dtype will not do.
+    """
+    if not 1 <= batch <= MAX_BATCH:
+        raise InputError(f"--batch {batch}: take 1 to {MAX_BATCH} pictures at once")
+    if not 1 <= crops <= MAX_CROPS:
+        raise InputError(f"--crops {crops}: take 1 to {MAX_CROPS} of a picture")
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: take one of {', '.join(DTYPES)}")
+    return {
+        "dvae": fingerprint,
+        "pairs": pairs.fingerprint,
+        "image_size": dvae.config.image_size,
+        "grid": dvae.config.grid,
+        "n_vocab": dvae.config.n_vocab,
+        "crops": crops,
+        "crop_seed": seed,
+        "batch": batch,
+        "dtype": dtype,
+        "val_fraction": pairs.made_of.get("val_fraction"),
+    }
+
+
+# ---- pictures
+
+
+def _crops(
+    data: bytes, key: str, pairs: ShardReader, made_of: dict[str, Any]
+) -> tuple[list[Pixels], np.ndarray]:
+    """The crops of a picture, and their boxes float32 [K * 4]."""
+    size, boxes = made_of["image_size"], []
+    crops = []
+    try:
+        pixels = pairs.decode(data, size)
+        for i in range(made_of["crops"]):
+            crops.append(augment_dalle(pixels, size, crop_rng(made_of["crop_seed"], key, i)))
+            rng = crop_rng(made_of["crop_seed"], key, i)
+            boxes.append(crop_box(pixels.shape[0], pixels.shape[1], size, rng))
+    except InputError as error:
+        raise OwnError(f"picture {key!r}: {error}") from error  # other ranks read other pictures
+    return crops, np.concatenate(boxes)
+
+
+def _batches(
+    job: Job, tools: _Tools, k: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[dict[str, list[Any]], np.ndarray]]:
+    """Columns of some rows of shard ``k``, and all their crops: uint8 [B * K, Y, X, C]."""
+    size, n_crops = job.made_of["image_size"], job.made_of["crops"]
+    step = max(1, job.made_of["batch"] // n_crops)
+    counts = [shard["rows"] for shard in tools.pairs.manifest["shards"][: k + 1]]
+    rows = np.arange(sum(counts[:k]), sum(counts))
+    for i in range(0, len(rows), step):
+        ids = rows[i : i + step]
+        keys, images = tools.pairs.keys(ids), tools.pairs.images(ids)
+        made = partial(_crops, pairs=tools.pairs, made_of=job.made_of)
+        cut = list(pool.map(made, images, keys))
+        # the last batch has the shape of all others: a GPU picks its algorithm by the shape
+        image_BYXC = np.zeros((step * n_crops, size, size, 3), np.uint8)
+        image_BYXC[: len(ids) * n_crops] = [crop for crops, _ in cut for crop in crops]
+        columns: dict[str, Any] = {
+            "key": keys,
+            "caption": tools.pairs.captions(ids),
+            "crops": [boxes for _, boxes in cut],
+            "image_sha": tools.pairs.column("image_sha", ids),
+        }
+        yield columns, image_BYXC
+
+
+class _Encoder:
+    """The dVAE, a batch ahead of who reads its codes, and the share of time that it works."""
+
+    def __init__(self, tools: _Tools) -> None:
+        self._tools = tools
+        self._busy = 0.0
+        self._start = time.perf_counter()
+
+    def codes(
+        self, batches: Iterator[tuple[dict[str, list[Any]], np.ndarray]]
+    ) -> Iterator[tuple[dict[str, list[Any]], np.ndarray]]:
+        """The same columns with codes int64 [B * K, Y, X]."""
+        waiting = None
+        for columns, image_BYXC in batches:
+            begun = columns, *self._begin(image_BYXC)
+            if waiting is not None:
+                yield waiting[0], self._end(*waiting[1:])
+            waiting = begun
+        if waiting is not None:
+            yield waiting[0], self._end(*waiting[1:])
+
+    @torch.no_grad()
+    def _begin(self, image_BYXC: np.ndarray) -> tuple[Tensor, Any]:
+        dvae, device = self._tools.dvae, self._tools.device
+        began = time.perf_counter()
+        image = torch.from_numpy(image_BYXC)
+        if device.type == "cuda":
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            image = image.pin_memory().to(device, non_blocking=True)
+            events[0].record()
+        image_BCYX = image.permute(0, 3, 1, 2).float() / 255
+        codes_BYX = dvae.encode(image_BCYX)
+        if device.type == "cuda":
+            events[1].record()
+            return codes_BYX, events
+        return codes_BYX, time.perf_counter() - began
+
+    def _end(self, codes_BYX: Tensor, timing: Any) -> np.ndarray:
+        codes: np.ndarray = codes_BYX.cpu().numpy()
+        if isinstance(timing, float):
+            self._busy += timing
+        else:
+            self._busy += timing[0].elapsed_time(timing[1]) / 1000
+        return codes
+
+    def busy(self) -> float:
+        """The share of the time since the start in which the dVAE worked."""
+        return self._busy / (time.perf_counter() - self._start)
+
+
+def process_shard(
+    job: Job, k: int, advance: Callable[[int, str], None] | None = None
+) -> tuple[int, float]:
+    """Write token shard ``k``; returns its rows and the share of the time that the dVAE worked.
+
+    ``advance`` is told of rows as they are done.
+
+    Raises:
+        InputError: a picture that cannot be decoded or is smaller than the dVAE's.
+    """
+    tools = _tools(job.data, job.dvae, job.made_of["dtype"], job.local_rank)
+    encoder = _Encoder(tools)
+    n_crops = job.made_of["crops"]
+    threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+    def rows(pool: ThreadPoolExecutor) -> Generator[dict[str, Any], None, None]:
+        # the next pictures are decoded while the dVAE works
+        with closing(prefetch(_batches(job, tools, k, pool))) as batches:
+            for columns, codes_BYX in encoder.codes(batches):
+                n = len(columns["key"])
+                codes = codes_BYX[: n * n_crops].reshape(n, -1)
+                for i in range(n):
+                    row = {name: values[i] for name, values in columns.items()}
+                    yield row | {"image_tokens": codes[i]}
+                if advance is not None:
+                    advance(n, f"dVAE busy {encoder.busy():.0%}")
+
+    entry = tools.pairs.manifest["shards"][k]
+    with ThreadPoolExecutor(min(threads, DECODERS)) as pool, closing(rows(pool)) as made:
+        n_train = entry["rows"] - entry["val_rows"]
+        # those for validation are the last, here as there
+        shard = write_shard(job.out, k, "tokens", islice(made, n_train), job.made_of, made)
+    return int(shard["rows"]), encoder.busy()
+
+
+# ---- the job
+
+
+def encode(
+    job: Job, launch: Launch, engine: str = "local", workers: int | None = None
+) -> dict[str, Any] | None:
+    """Encode this rank's shards; the manifest when the set is complete, None while others work.
+
+    Raises:
+        InputError: the folder holds tokens that were made of something else, or a picture that
+            cannot be decoded or is smaller than the dVAE's.
+    """
+    job.out.mkdir(parents=True, exist_ok=True)
+    rows = [shard["rows"] for shard in read_json(job.data / "manifest.json")["shards"]]
+    committed = {k for k, n in enumerate(rows) if is_committed(job.out, k, job.made_of, n)}
+    mine = launch.share(range(len(rows)))
+    todo = [k for k in mine if k not in committed]
+    total, left = (sum(rows[k] for k in shards) for shards in (mine, todo))
+    if left < total:
+        log.info("%d of %d pictures are encoded already", total - left, total)
+    # one process feeds a GPU
+    n_workers = 1 if workers is None and job.is_on_gpu else workers_of(workers, len(todo))
+    alone = engine == "local" and n_workers == 1
+    with Bar("encode", total, total - left) as bar:
+        task = (
+            partial(process_shard, job, advance=bar.advance)
+            if alone
+            else (partial(process_shard, job))
+        )
+        for _, (n, busy) in run(task, todo, engine=engine, workers=n_workers, gpus=1):
+            if not alone:
+                bar.advance(n, f"dVAE busy {busy:.0%}")
+    if not all(is_committed(job.out, k, job.made_of, n) for k, n in enumerate(rows)):
+        log.info("done; other ranks are still at work, the last one writes the manifest")
+        return None
+    return write_manifest(job.out, "tokens", len(rows), job.made_of)
+
+
 def main() -> None:
     """Encode a pair set from the command line, alone or as one rank of a launcher."""
     parser = argparse.ArgumentParser(description="pair shards + dVAE -> token shards")
     parser.add_argument("--data", type=Path, required=True, help="pair shards")
     parser.add_argument("--dvae", type=Path, required=True, help="folder of the frozen dVAE")
     parser.add_argument("--out", type=Path, required=True, help="folder of the token shards")
+    parser.add_argument(
+        "--crops", type=int, default=1, help="of each picture; epochs take turns (default 1)"
+    )
     parser.add_argument("--batch", type=int, default=32, help="pictures at once (default 32)")
     parser.add_argument("--seed", type=int, default=0, help="of the crops (default 0)")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES),
+        help="of the convolutions (default: float16 on a GPU, as the released code; else float32)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=int, help="processes (default: one a core; with a GPU, one)"
+    )
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="(default: local)")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     parser.add_argument("--local_rank", "--local-rank", type=int, default=local)
     args = parser.parse_args()
-    if not 1 <= args.batch <= MAX_BATCH:
-        raise InputError(f"--batch {args.batch}: take 1 to {MAX_BATCH} pictures at once")
-    rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    device = _device(args.local_rank)
     pairs = ShardReader(args.data, kind="pairs")
-    dvae, fingerprint = load_dvae(args.dvae, device)
-    made_of = describe(pairs, dvae, fingerprint, args.seed)
-    manifest = encode(Job(pairs, dvae, args.out, made_of, args.batch), rank, world, device)
+    dvae, fingerprint = load_dvae(args.dvae)
+    dtype = args.dtype or ("float16" if torch.cuda.is_available() else "float32")
+    made_of = describe(
+        pairs, dvae, fingerprint, crops=args.crops, seed=args.seed, batch=args.batch, dtype=dtype
+    )
+    job = Job(args.data, args.dvae, args.out, json.loads(json.dumps(made_of)), args.local_rank)
+    manifest = encode(job, launch_of(dict(os.environ)), args.engine, args.workers)
     if manifest is not None:
         log.info(
             "%d pictures in %d shards in %s", manifest["rows"], len(manifest["shards"]), args.out

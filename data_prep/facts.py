@@ -23,7 +23,7 @@ from pyarrow import ipc
 
 from data_prep.check import Fact, check_row
 from data_prep.filters import Score, load_score
-from data_prep.hashes import HashList
+from data_prep.hashes import MIN_BITS, HashList
 from data_prep.ledger import ACCEPTED_EXAMPLES, REJECTED_EXAMPLES, thumbnail
 from data_prep.plan import Plan
 from pipeline.console import InputError
@@ -284,6 +284,8 @@ def _groups(
     hashes, places = [], []
     for k, mask in enumerate(kept):
         found = _hashes_of(out, k)[:, column]
+        if column == NEAR:  # all pictures of one colour share a hash
+            mask = mask & (np.bitwise_count(found) >= MIN_BITS)
         rows = np.flatnonzero(mask & (found % np.uint64(n_parts) == part))
         hashes.append(found[rows])
         places.append(np.stack([np.full(len(rows), k), rows], axis=1))

@@ -1,221 +1,373 @@
 """Pictures with captions -> pair shards and a ledger of everything that was left out.
 
     python -m data_prep.ingest SOURCE... --out DIR --preset dvae_demo
+    deepspeed --module data_prep.ingest ... (torchrun, srun)     ranks share the shards
+    python -m data_prep.ingest ... --engine ray                  tasks of a Ray cluster
 
-Every picture is decoded once, so that nothing which cannot be decoded reaches a training run; what
-is stored are the bytes as they came. No bad row stops the job, and none is lost without a name:
+A plan fixes the shards (``plan.py``). A first pass decodes every picture once, to check, measure,
+filter and hash it (``check.py``, ``facts.py``); of rows that repeat others the first is kept; a
+second pass writes the shards. No bad row stops the job, and none is lost without a name:
 ``rejects.json`` beside the manifest counts rows in, rows out, rejects by reason and notes about
-accepted rows, ``rejects.jsonl`` lists each reject. The same sources give the same bytes.
-
-Which rows are for validation is decided here, by ``split_of`` of the key.
+accepted rows, ``rejects.jsonl`` lists each reject, ``report.html`` shows both. The same sources
+give the same bytes, whoever makes them and however often they are stopped: start it again.
 """
 
 import argparse
+import dataclasses
+import io
 import json
 import os
+import shutil
 import sys
-import unicodedata
-import uuid
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from hashlib import blake2b
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from data_prep.hashes import phash
-from data_prep.sources import RawPair, all_rows, survey
+from data_prep import ledger as ledgers
+from data_prep.check import Fact
+from data_prep.engines import ENGINES, Launch, launch_of, run, wait, workers_of
+from data_prep.facts import (
+    Job,
+    drops_path,
+    facts_path,
+    inspect_shard,
+    merge,
+    read_drops,
+    read_facts,
+    read_merged,
+)
+from data_prep.filters import add_flags, filters_of
+from data_prep.ledger import Ledger, table
+from data_prep.page import write_page
+from data_prep.plan import (
+    DUPLICATES,
+    NEAR_DUPLICATES,
+    Plan,
+    Settings,
+    Where,
+    is_up_to_date,
+    make_plan,
+)
+from data_prep.sources import RawPair
 from pipeline.console import Bar, InputError, command, logger
-from pipeline.data.images import ImageError, enlarged_shape, inspect_image
-from pipeline.data.schema import image_sha, read_json, split_of
-from pipeline.data.shards import ShardWriter
-from pipeline.files import write_json
+from pipeline.data.commit import is_committed, write_manifest, write_shard
+from pipeline.data.schema import image_sha, read_json
+from pipeline.files import write_bytes, write_json
 
-CAPTION_LIMIT = 10_000  # characters
-MIN_SIDE = 8  # pixels: what is smaller shows nothing, enlarged or not
 MIB = 1 << 20
 
 log = logger("ingest")
 
 
-class Reject(Exception):
-    """A row that does not become a sample: ``reason`` is counted, ``detail`` is for people."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An accepted picture: its size in pixels once upright, its hash, and notes."""
-
-    width: int
-    height: int
-    phash: int
-    notes: tuple[str, ...]
-
-
-def clean_caption(data: bytes) -> tuple[str, tuple[str, ...]]:
-    """A caption on one line, and notes ("control characters stripped") about it.
-
-    A byte order mark is dropped, runs of white space become one space, and other control characters
-    go: the tokenizer would spend its vocabulary on them.
-
-    Raises:
-        Reject: "caption empty", "caption blank", "caption not UTF-8" or "caption too long".
-    """
-    if not data:
-        raise Reject("caption empty", "0 bytes")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Reject("caption not UTF-8", f"byte {error.start}: {error.reason}") from error
-    kept = [c for c in text if c.isspace() or unicodedata.category(c) != "Cc"]
-    caption = " ".join("".join(kept).split())
-    if not any(_is_read(c) for c in caption):
-        raise Reject("caption blank", "nothing but white space, control and invisible characters")
-    if len(caption) > CAPTION_LIMIT:
-        raise Reject("caption too long", f"{len(caption)} characters, the limit is {CAPTION_LIMIT}")
-    return caption, ("control characters stripped",) if len(kept) < len(text) else ()
-
-
-def _is_read(char: str) -> bool:
-    """Whether the tokenizer may keep a character: not spaces, joiners and marks for the unknown."""
-    return not char.isspace() and unicodedata.category(char) != "Cf" and char not in "\u2581\ufffd"
-
-
-def check_picture(data: bytes, image_size: int, upscale: bool) -> Picture:
-    """Decode a picture and hold its shorter side against ``image_size``.
-
-    Args:
-        data: an encoded picture.
-        image_size: pixels a side that training will crop.
-        upscale: keep what is smaller too, down to ``MIN_SIDE``: it is enlarged when it is read.
-
-    Raises:
-        Reject: a reason of ``ImageError``, "side below N ...", or "too long to be enlarged".
-    """
-    try:
-        decoded = inspect_image(data)
-    except ImageError as error:
-        raise Reject(error.reason, error.detail) from error
-    height, width = decoded.pixels.shape[:2]
-    side = f"{width}x{height} pixels"
-    if min(height, width) < MIN_SIDE:
-        raise Reject(f"side below {MIN_SIDE}", side)
-    notes = decoded.notes
-    if min(height, width) < image_size:
-        if not upscale:
-            raise Reject(f"side below {image_size} (--upscale would enlarge it)", side)
-        try:
-            enlarged_shape(height, width, image_size)
-        except ImageError as error:
-            raise Reject(error.reason, error.detail) from error
-        notes = (*notes, "upscaled")
-    return Picture(width, height, phash(decoded.pixels), notes)
-
-
-class Ledger:
-    """Counts of what came in and went out, and one line for each reject.
-
-    Remembers 8 bytes of hash for each key, to find repeated ones: some 70 MB for a million rows.
-    """
-
-    def __init__(self, lines: TextIO) -> None:
-        self.rows_in = self.rows_out = 0
-        self.rejects: Counter[str] = Counter()
-        self.notes: Counter[str] = Counter()
-        self._lines = lines
-        self._seen: set[int] = set()
-
-    def check_key(self, key: str) -> None:
-        """Raise ``Reject("duplicate key")`` for a key that an earlier row, good or bad, had."""
-        digest = int.from_bytes(blake2b(key.encode(), digest_size=8).digest())
-        if digest in self._seen:
-            detail = "sources that name their files alike: put each in a folder of its own"
-            raise Reject("duplicate key", detail)
-        self._seen.add(digest)
-
-    def reject(self, key: str, reason: str, detail: str) -> None:
-        """Count a row that is left out, by name."""
-        self.rejects[reason] += 1
-        line = {"key": key, "reason": reason, "detail": detail}
-        self._lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-    def accept(self, notes: tuple[str, ...]) -> None:
-        """Count a row that is kept, and what was noteworthy about it."""
-        self.rows_out += 1
-        self.notes.update(notes)
-
-    def summary(self) -> dict[str, Any]:
-        """The content of ``rejects.json``."""
-        lost = self.rows_in - self.rows_out - self.rejects.total()
-        assert lost == 0, f"{lost} rows are neither accepted nor rejected"
-        return {
-            "rows_in": self.rows_in,
-            "rows_out": self.rows_out,
-            "rejects": dict(sorted(self.rejects.items())),
-            "notes": dict(sorted(self.notes.items())),
-        }
-
-
-def ingest(
-    sources: list[Path], out: Path, image_size: int, upscale: bool, val_fraction: float = 0.01
-) -> dict[str, Any]:
-    """Write the pairs of ``sources`` to ``out``; returns the content of its ``rejects.json``.
-
-    A set that ``out`` holds already is left as it is when it was made of the same sources (names
-    and sizes of files) in the same way.
-
-    Raises:
-        InputError: a source is missing, no row is accepted, or ``out`` holds another set.
-    """
-    if image_size < MIN_SIDE:
-        raise InputError(f"image size {image_size} is below {MIN_SIDE} pixels: take a larger one")
-    sources = sorted(sources)
-    surveys = [survey(source) for source in sources]
-    names = [source.resolve().name for source in sources]  # sets do not depend on where they lay
-    made_of = {
-        "sources": [
-            {"name": name, "files": digest}
-            for name, (_, digest) in zip(names, surveys, strict=True)
-        ],
-        "image_size": image_size,
-        "upscale": upscale,
-        "bytes": "inline",
-        "val_fraction": val_fraction,
+def made_of(plan: Plan) -> dict[str, Any]:
+    """``made_of`` of the pair set: what decides about its bytes."""
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(plan.settings)))
+    filters = settings.pop("filters")
+    return {
+        **settings,
+        "filters": filters,
+        "image_size": filters["image_size"],
+        "upscale": filters["upscale"],
+        "plan": plan.hash,
+        "sources": list(plan.names),
     }
-    if (out / "manifest.json").exists():
-        return _same_set(out, made_of)
-    with ShardWriter(out, "pairs", made_of) as writer:
-        temporary = out / f".rejects.jsonl.{uuid.uuid4().hex[:8]}.tmp"
-        try:
-            with open(temporary, "w", encoding="utf-8") as lines:
-                ledger = Ledger(lines)
-                n_bytes = sum(size for size, _ in surveys)
-                for pair in _with_bar(sources, ledger, n_bytes):
-                    _take(pair, writer, ledger, image_size, upscale)
-            os.replace(temporary, out / "rejects.jsonl")
-        finally:
-            temporary.unlink(missing_ok=True)
-        summary = ledger.summary()
-        write_json(out / "rejects.json", summary)
-        if ledger.rows_out == 0:  # leaves the block without a manifest
-            raise InputError(_nothing(names, ledger, out))
+
+
+# ---- the second pass
+
+
+def process_shard(job: Job, k: int, advance: Callable[[int], None] | None = None) -> int:
+    """Write pair shard ``k``, its part of the ledger first; returns its rows.
+
+    A function of the plan, the facts and the bytes of the sources: whoever calls it, and however
+    often, the shard is the same.
+
+    Raises:
+        InputError: a source has changed since its rows were inspected, or is gone.
+    """
+    plan = job.plan
+    facts = list(_with_drops(plan, k))
+    write_ledger(plan, k, facts)
+    waiting: list[dict[str, Any]] = []  # the rows for validation come last
+    if plan.settings.bytes == "inline":
+        rows = _inline(plan, k, facts, advance)
+    else:
+        rows = _by_reference(facts)
+
+    def training() -> Iterator[dict[str, Any]]:
+        for row, is_val in rows:
+            if is_val:
+                waiting.append(row)
+            else:
+                yield row
+
+    shard = write_shard(plan.out, k, "pairs", training(), made_of(plan), waiting)
+    return int(shard["rows"])
+
+
+def _with_drops(plan: Plan, k: int) -> Iterator[Fact]:
+    drops = read_drops(plan, k)
+    for row, fact in enumerate(read_facts(plan.out, k)):
+        if row in drops:
+            reason, detail = drops[row]
+            fact = replace(fact, reason=reason, detail=detail)
+        yield fact
+
+
+def _columns(fact: Fact) -> dict[str, Any]:
+    return {
+        "key": fact.key,
+        "caption": fact.caption,
+        "width": fact.width,
+        "height": fact.height,
+        "image_sha": fact.image_sha,
+        "phash": fact.phash,
+    }
+
+
+def _by_reference(facts: Iterable[Fact]) -> Iterator[tuple[dict[str, Any], bool]]:
+    for fact in facts:
+        if not fact.reason:
+            place = {"source": fact.source, "file": fact.file}
+            place |= {"offset": fact.offset, "size": fact.size}
+            yield _columns(fact) | place, fact.is_val
+
+
+def _inline(
+    plan: Plan, k: int, facts: list[Fact], advance: Callable[[int], None] | None
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The accepted rows with their pictures, which are read once more and held to their hash."""
+    seen = 0
+    for pair in _rows(plan, k):
+        fact = facts[seen] if seen < len(facts) else Fact("")
+        seen += 1
+        if advance is not None:
+            advance(pair.n_bytes)
+        if fact.reason:
+            continue
+        if pair.key != fact.key or pair.image is None or image_sha(pair.image) != fact.image_sha:
+            raise InputError(_changed(plan, pair.key))
+        yield _columns(fact) | {"image": pair.image}, fact.is_val
+    if seen != len(facts):
+        raise InputError(_changed(plan, f"of shard {k}"))
+
+
+def _rows(plan: Plan, k: int) -> Iterator[RawPair]:
+    for number, piece in plan.pieces(k):
+        yield from plan.where[number].open().rows(piece)
+
+
+def _changed(plan: Plan, row: str) -> str:
+    return (
+        f"the sources have changed since row {row!r} was inspected: delete {plan.out} and ingest "
+        "again when nothing writes into them any more"
+    )
+
+
+# ---- the ledger
+
+
+def _ledger_path(plan: Plan, k: int) -> Path:
+    return plan.out / "facts" / f"{k:05d}.ledger.json"
+
+
+def write_ledger(plan: Plan, k: int, facts: Iterable[Fact]) -> None:
+    """What became of the rows of shard ``k``, and a line for each reject."""
+    ledger, lines = Ledger(), io.StringIO()
+    for fact in facts:
+        ledger.rows_in += 1
+        if not fact.reason:
+            ledger.accept(
+                fact.key, fact.caption, width=fact.width, height=fact.height, n_bytes=fact.size,
+                is_val=fact.is_val, notes=fact.notes, thumbnail=fact.thumbnail,
+            )  # fmt: skip
+        else:
+            ledger.reject(
+                fact.key, fact.reason, fact.detail, caption=fact.caption, thumbnail=fact.thumbnail
+            )
+            line = {"key": fact.key, "reason": fact.reason, "detail": fact.detail}
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+    path = _ledger_path(plan, k)
+    write_bytes(path.with_suffix(".jsonl"), lines.getvalue().encode())
+    write_json(path, ledger.as_dict())
+
+
+def _write_summary(plan: Plan) -> dict[str, Any]:
+    """Merge the ledgers of all shards into those of the set, and a page; returns the counts."""
+    paths = [_ledger_path(plan, k) for k in range(len(plan.shards))]
+    summary = ledgers.merge(json.loads(path.read_text("utf-8")) for path in paths)
+    summary["near_duplicates"] = read_merged(plan)["near"]
+    temporary = plan.out / f".rejects.jsonl.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            for path in paths:
+                with open(path.with_suffix(".jsonl"), "rb") as lines:
+                    shutil.copyfileobj(lines, file)
+        os.replace(temporary, plan.out / "rejects.jsonl")
+    finally:
+        temporary.unlink(missing_ok=True)
+    facts = made_of(plan)
+    sources = ", ".join(facts.pop("sources"))
+    settings = {"filters": facts.pop("filters"), "settings": facts}
+    write_page(plan.out / "report.html", sources, summary, settings)
+    write_json(plan.out / "rejects.json", summary)
     return summary
 
 
-def _same_set(out: Path, made_of: dict[str, Any]) -> dict[str, Any]:
-    """The ledger of a finished set, if it is the one asked for."""
-    found = read_json(out / "manifest.json").get("made_of", {})
-    for name, value in made_of.items():
-        if found.get(name) != value:
-            raise InputError(
-                f"{out} holds another set, with {name} {json.dumps(found.get(name))} "
-                f"and not {json.dumps(value)}: name another folder or delete it"
-            )
+def finish(plan: Plan) -> dict[str, Any]:
+    """Ledger, report and manifest of a set whose shards are all there; returns the ledger."""
+    summary = _write_summary(plan)
+    if plan.settings.bytes == "reference":
+        uris = [source.open().place.uri for source in plan.where]
+        write_json(plan.out / "sources.json", uris)
+    write_manifest(plan.out, "pairs", len(plan.shards), made_of(plan))
+    shutil.rmtree(plan.out / "facts", ignore_errors=True)
+    return summary
+
+
+# ---- the job
+
+
+@dataclass(frozen=True)
+class Team:
+    """Who does it: a rank of a launch, with an engine and so many workers (None: one a core)."""
+
+    launch: Launch = field(default_factory=Launch)
+    engine: str = "local"
+    workers: int | None = None
+
+
+def ingest(job: Job, team: Team, only_inspect: bool = False) -> dict[str, Any] | None:
+    """Make the set of ``job``, or this rank's part of it; returns the ledger once it is finished.
+
+    Raises:
+        InputError: no row is accepted, ``out`` holds another set, or whatever a shard raises.
+    """
+    plan = job.plan
+    if (plan.out / "manifest.json").exists():
+        return _same_set(plan)
+    if not plan.shards:
+        raise InputError(f"no picture and no caption in {', '.join(plan.names)}: {PAIRS}")
+    if not drops_path(plan.out).exists():
+        _each("inspect", partial(inspect_shard, job), job, team, _is_inspected)
+        if not _drops(plan, team, only_inspect):
+            log.info("done; other ranks are still inspecting")
+            return None
+    _refuse_nothing(plan)
+    if only_inspect:
+        log.info(
+            "all %d shards are inspected; start again without --only-inspect", len(plan.shards)
+        )
+        return None
+    _each("write", partial(process_shard, job), job, team, _is_written)
+    try:
+        if not all(_is_written(plan, k) for k in range(len(plan.shards))):
+            log.info("done; other ranks are still at work, the last one writes the manifest")
+            return None
+        return finish(plan)
+    except (InputError, OSError):
+        # another rank has finished the set, and tidied up, at this very moment
+        if (plan.out / "manifest.json").exists():
+            return None
+        raise
+
+
+PAIRS = "a pair is a picture and a .txt of one name; --help lists the other sources"
+
+
+def _is_inspected(plan: Plan, k: int) -> bool:
+    return facts_path(plan.out, k).exists()
+
+
+def _is_written(plan: Plan, k: int) -> bool:
+    return is_committed(plan.out, k, made_of(plan)) and _ledger_path(plan, k).exists()
+
+
+def _each(
+    what: str,
+    task: Callable[..., int],
+    job: Job,
+    team: Team,
+    is_done: Callable[[Plan, int], bool],
+) -> None:
+    """Run a pass over this rank's shards, with a bar that counts MiB of the sources."""
+    plan = job.plan
+    mine = team.launch.share(range(len(plan.shards)))
+    todo = [k for k in mine if not is_done(plan, k)]
+    total, n_left = (sum(plan.n_bytes[k] for k in shards) for shards in (mine, todo))
+    workers = workers_of(team.workers, len(todo))
+    if len(todo) < len(mine):
+        log.info("%s: %d of %d shards are done already", what, len(mine) - len(todo), len(mine))
+    with Bar(f"{what}, MiB", -(-total // MIB), (total - n_left) // MIB) as bar:
+        seen, rows = total - n_left, 0
+
+        def advance(n_bytes: int) -> None:
+            nonlocal seen
+            seen += n_bytes
+            bar.advance(min(seen, total) // MIB - bar.done, f"{rows} pairs")
+
+        if team.engine == "local" and workers == 1:
+            task = partial(task, advance=advance)
+        for k, n in run(task, todo, engine=team.engine, workers=workers):
+            rows += n
+            if team.engine != "local" or workers > 1:
+                advance(plan.n_bytes[k])
+        bar.advance(bar.total - bar.done, f"{rows} pairs")
+
+
+def _drops(plan: Plan, team: Team, only_inspect: bool) -> bool:
+    """Have the drop lists made, by this rank or the first one; False while rows are missing."""
+    n_shards = len(plan.shards)
+
+    def inspected() -> int:
+        return sum(_is_inspected(plan, k) for k in range(n_shards))
+
+    if only_inspect and inspected() < n_shards:
+        return False
+    if only_inspect or team.launch.rank == 0:
+        wait(inspected, n_shards, "shards are inspected")
+        merge(plan)
+    else:
+        wait(lambda: int(drops_path(plan.out).exists()), 1, "drop lists are there")
+    return True
+
+
+def _refuse_nothing(plan: Plan) -> None:
+    """Stop before an empty set is written; the next try may have other settings.
+
+    Raises:
+        InputError: no row of the sources is accepted.
+    """
+    if read_merged(plan)["accepted"] != 0:
+        return
+    for k in range(len(plan.shards)):
+        write_ledger(plan, k, _with_drops(plan, k))
+    summary = _write_summary(plan)
+    for folder in ("plan", "facts"):
+        shutil.rmtree(plan.out / folder, ignore_errors=True)
+    names = ", ".join(plan.names)
+    if summary["rows_in"] == 0:
+        raise InputError(f"no picture and no caption in {names}: {PAIRS}")
+    reason, n = max(summary["rejects"].items(), key=lambda item: item[1])
+    raise InputError(
+        f"none of the {summary['rows_in']} rows of {names} was accepted, {n} of them for: "
+        f"{reason}; {plan.out}/report.html shows them"
+    )
+
+
+def _same_set(plan: Plan) -> dict[str, Any]:
+    """The ledger of a finished set, if it is the one asked for and its sources are as they were."""
+    out = plan.out
+    if read_json(out / "manifest.json").get("made_of") != made_of(plan):
+        raise InputError(f"{out} holds another set: name another folder or delete it")
+    if not is_up_to_date(plan):
+        raise InputError(
+            f"{out} is finished, and {', '.join(plan.names)} has changed since (names or sizes of "
+            "files): name another folder or delete it"
+        )
     log.info("%s holds this set already (same files by name and size); nothing to do", out)
     try:
         summary: dict[str, Any] = json.loads((out / "rejects.json").read_text(encoding="utf-8"))
@@ -225,83 +377,108 @@ def _same_set(out: Path, made_of: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def _nothing(names: list[str], ledger: Ledger, out: Path) -> str:
-    if ledger.rows_in == 0:
-        return f"no picture and no .txt in {', '.join(names)}: a pair is two files of one name"
-    reason, n = ledger.rejects.most_common(1)[0]
-    return (
-        f"none of the {ledger.rows_in} rows of {', '.join(names)} was accepted, "
-        f"{n} of them for: {reason}; {out}/rejects.jsonl names each"
-    )
+# ---- the command line
 
 
-def _with_bar(sources: list[Path], ledger: Ledger, n_bytes: int) -> Iterator[RawPair]:
-    """Every row of every source, counted in MiB on a progress bar."""
-    total, seen = -(-n_bytes // MIB), 0
-    with Bar("ingest, MiB", total) as bar:
-        for source in sources:
-            for pair in all_rows(source):
-                yield pair
-                seen += pair.n_bytes
-                note = f"{ledger.rows_out} pairs, {ledger.rejects.total()} rejects"
-                bar.advance(min(seen // MIB, total) - bar.done, note)
-        bar.advance(total - bar.done, bar.note)
-
-
-def _take(
-    pair: RawPair, writer: ShardWriter, ledger: Ledger, image_size: int, upscale: bool
-) -> None:
-    """Accept or reject one row."""
-    ledger.rows_in += 1
-    try:
-        ledger.check_key(pair.key)
-        if pair.problem is not None or pair.caption is None or pair.image is None:
-            raise Reject(pair.problem or "caption missing", pair.detail)
-        caption, caption_notes = clean_caption(pair.caption)
-        picture = check_picture(pair.image, image_size, upscale)
-    except Reject as reject:
-        ledger.reject(pair.key, reject.reason, reject.detail)
-        return
-    row: dict[str, Any] = {"key": pair.key, "caption": caption, "image": pair.image}
-    row |= {"width": picture.width, "height": picture.height, "phash": picture.phash}
-    is_val = split_of(pair.key, writer.made_of["val_fraction"]) == "val"
-    writer.add(row | {"image_sha": image_sha(pair.image)}, val=is_val)
-    ledger.accept(caption_notes + picture.notes)
-
-
-def table(summary: dict[str, Any]) -> str:
-    """The ledger for people: one count a line."""
-    lines = [("rows in", summary["rows_in"]), ("rows out", summary["rows_out"])]
-    lines += [(f"rejected: {reason}", n) for reason, n in summary["rejects"].items()]
-    lines += [(f"noted: {note}", n) for note, n in summary["notes"].items()]
-    width = max(len(name) for name, _ in lines)
-    return "".join(f"{name:<{width}}  {n:>9,}\n" for name, n in lines)
-
-
-def main() -> None:
-    """Parse the command line and ingest."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="data_prep.ingest", description=__doc__.splitlines()[0])
-    parser.add_argument("source", nargs="+", type=Path, help="folder or .tar of image + .txt pairs")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the shards")
-    size = parser.add_mutually_exclusive_group()
+    source = parser.add_argument_group("what comes in")
+    source.add_argument(
+        "source", nargs="+", metavar="SOURCE",
+        help="folder of image + .txt pairs, .tar, .parquet, COCO captions .json or .tsv; also "
+        "s3:// and gs://",
+    )  # fmt: skip
+    source.add_argument("--images", help="folder of the pictures that a .json or .tsv names")
+    taken = parser.add_argument_group("what is taken")
+    size = taken.add_mutually_exclusive_group()
     size.add_argument("--preset", help="take the image size from this preset")
     size.add_argument(
-        "--image-size", type=int, default=256, help="pixels a side to train at (default: 256)"
+        "--image-size", type=int, default=256, help="pixels a side to train at (default 256)"
     )
-    parser.add_argument(
-        "--upscale", action="store_true", help="keep pictures that are too small, to be enlarged"
+    taken.add_argument(
+        "--score", help="FILE.py:FUNCTION, a judge of your own (data_prep/filters.py)"
     )
-    parser.add_argument(
-        "--val-fraction", type=float, default=0.01, help="share of rows for validation (0.01)"
+    taken.add_argument(
+        "--exclude-hashes", type=Path,
+        help="pictures to keep out, an evaluation set's (data_prep.stats --hashes lists them)",
+    )  # fmt: skip
+    taken.add_argument(
+        "--duplicates", choices=DUPLICATES, default="pair",
+        help="rows with the picture and the caption of an earlier row go (default: pair)",
+    )  # fmt: skip
+    taken.add_argument(
+        "--near-duplicates", choices=NEAR_DUPLICATES, default="report",
+        help="pictures with the perceptual hash of an earlier one (default: report)",
+    )  # fmt: skip
+    add_flags(parser)
+    made = parser.add_argument_group("what is made")
+    made.add_argument("--out", required=True, type=Path, help="folder for the shards")
+    made.add_argument(
+        "--reference", action="store_true",
+        help="keep file, offset and size of each picture and not its bytes: nothing is copied",
+    )  # fmt: skip
+    made.add_argument(
+        "--val-fraction", type=float, default=0.01, help="kept for validation (default 0.01)"
     )
-    args = parser.parse_args()
+    made.add_argument(
+        "--rows-per-shard", type=int, default=Settings.rows_per_shard,
+        help=f"at most (default {Settings.rows_per_shard}); archives are not divided",
+    )  # fmt: skip
+    job = parser.add_argument_group("who does it")
+    job.add_argument("--workers", type=int, help="processes (default: one a core)")
+    job.add_argument("--engine", choices=ENGINES, default="local", help="(default: local)")
+    job.add_argument(
+        "--only-inspect", action="store_true",
+        help="stop after the first pass: for arrays of jobs, which must not wait for each other",
+    )  # fmt: skip
+    job.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _job(args: argparse.Namespace) -> Job:
     image_size = args.image_size
     if args.preset is not None:
         from pipeline import presets
 
         image_size = presets.load(args.preset).model.image_size
-    summary = ingest(args.source, args.out, image_size, args.upscale, args.val_fraction)
-    sys.stdout.write(table(summary))
+    filters = filters_of(args, image_size)
+    settings = Settings(
+        filters=filters,
+        val_fraction=args.val_fraction,
+        bytes="reference" if args.reference else "inline",
+        duplicates=args.duplicates,
+        near_duplicates=args.near_duplicates,
+        excluded=_sha256(args.exclude_hashes),
+        score=_score_identity(args.score),
+        rows_per_shard=args.rows_per_shard,
+    )
+    where = [Where(source, args.images) for source in sorted(args.source)]
+    return Job(make_plan(where, settings, args.out), args.exclude_hashes, args.score)
+
+
+def _sha256(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): name another file") from error
+
+
+def _score_identity(score: str | None) -> str:
+    if score is None:
+        return ""
+    path, _, function = score.rpartition(":")
+    return f"{_sha256(Path(path))} {function}"
+
+
+def main() -> None:
+    """Parse the command line and ingest."""
+    args = _parser().parse_args()
+    launch = launch_of(dict(os.environ))
+    summary = ingest(_job(args), Team(launch, args.engine, args.workers), args.only_inspect)
+    if summary is not None:
+        sys.stdout.write(table(summary))
 
 
 if __name__ == "__main__":

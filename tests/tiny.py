@@ -127,10 +127,25 @@ class Inputs:
     tokens: Path
 
 
+def ingest(sources: list, out: Path, image_size: int, *, filters=(), team=None, **settings):
+    """A pair set of all that can be read, without filters but those named; returns the ledger."""
+    from data_prep.facts import Job
+    from data_prep.filters import Filters
+    from data_prep.ingest import Team
+    from data_prep.ingest import ingest as run
+    from data_prep.plan import Settings, Where, make_plan
+
+    none = {"min_words": 0, "english": False, "boilerplate": False, "max_aspect": 0}
+    taken = Filters(image_size=image_size, **none | dict(filters))
+    where = [Where(str(source)) for source in sorted(sources)]
+    plan = make_plan(where, Settings(filters=taken, **settings), out)
+    return run(Job(plan), team or Team(workers=1))
+
+
 def make_inputs(folder: Path) -> Inputs:
     """Scenes to tokens through the real modules."""
     from data_prep.encode import Job, describe, encode
-    from data_prep.ingest import ingest
+    from data_prep.engines import Launch
     from data_prep.scenes import write_scenes
     from data_prep.train_tokenizer import train_tokenizer
     from pipeline.data.shards import ShardReader
@@ -139,14 +154,14 @@ def make_inputs(folder: Path) -> Inputs:
     made = Inputs(*(folder / name for name in ("pairs", "tokenizer", "dvae", "other", "tokens")))
     # a third shows two objects: captions of uneven length
     write_scenes(folder / "scenes", 64, 48, seed=0, hold_out=False, two_objects=0.4)
-    ingest([folder / "scenes"], made.pairs, IMAGE_SIZE, False, val_fraction=0.2)
+    ingest([folder / "scenes"], made.pairs, IMAGE_SIZE, val_fraction=0.2)
     pairs = ShardReader(made.pairs, "pairs")
     train_tokenizer(pairs, made.tokenizer, TEXT_VOCAB)
     random_dvae(made.dvae, pairs, seed=0)
     random_dvae(made.other_dvae, pairs, seed=1)
     model, fingerprint = load_dvae(made.dvae)
-    job = Job(pairs, model, made.tokens, describe(pairs, model, fingerprint, 0), batch=32)
-    encode(job, 0, 1, torch.device("cpu"))
+    made_of = describe(pairs, model, fingerprint, crops=1, seed=0, batch=32, dtype="float32")
+    encode(Job(made.pairs, made.dvae, made.tokens, made_of), Launch(), workers=1)
     return made
 
 

@@ -286,6 +286,36 @@ def write_shard(
         raise
 
 
+def is_committed(
+    folder: Path, index: int, made_of: dict[str, Any], n_rows: int | None = None
+) -> bool:
+    """Whether a shard of a set is finished: there, of its size, with its sidecar.
+
+    The first three arguments are those of ``write_shard``; it must have ``n_rows`` where they are
+    known.
+
+    Raises:
+        InputError: it is, but was made of something else.
+    """
+    path = folder / shard_name(index)
+    sidecar_path = path.with_suffix(".json")
+    if not sidecar_path.exists():
+        return False
+    sidecar = read_json(sidecar_path)
+    if not {"made_of", *ENTRY} <= set(sidecar):
+        raise InputError(
+            f"{sidecar_path} describes no shard: delete it, and this run makes it again"
+        )
+    for name, wanted in made_of.items():
+        if (found := sidecar["made_of"].get(name)) != wanted:
+            raise InputError(
+                f"{folder} holds shards with {name} {found}, this run makes them with {name} "
+                f"{wanted}: name another --out, or delete that folder"
+            )
+    is_whole = path.is_file() and path.stat().st_size == sidecar["bytes"]
+    return bool(is_whole and n_rows in (None, sidecar["rows"]))
+
+
 def write_manifest(
     folder: Path, kind: str, n_shards: int, made_of: dict[str, Any]
 ) -> dict[str, Any]:

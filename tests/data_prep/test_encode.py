@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from data_prep import encode as job
+from data_prep.engines import Launch
 from pipeline.config import DvaeConfig
 from pipeline.console import InputError, OwnError, command
 from pipeline.data.images import augment_dalle, resize_area
@@ -77,15 +78,17 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def make_job(inputs, out, dvae="dvae", seed=0, batch=4):
+def make_job(inputs, out, dvae="dvae", seed=0, batch=4, crops=1):
     model, fingerprint = load_dvae(inputs / dvae)
-    pairs = ShardReader(inputs / "pairs")
-    made_of = job.describe(pairs, model, fingerprint, seed)
-    return job.Job(pairs, model, out, made_of, batch)
+    made_of = job.describe(
+        ShardReader(inputs / "pairs"), model, fingerprint,
+        crops=crops, seed=seed, batch=batch, dtype="float32",
+    )  # fmt: skip
+    return job.Job(inputs / "pairs", inputs / dvae, out, made_of)
 
 
-def encode(*args, rank=0, world=1, **kwargs):
-    return job.encode(make_job(*args, **kwargs), rank, world, torch.device("cpu"))
+def encode(*args, rank=0, world=1, engine="local", workers=1, **kwargs):
+    return job.encode(make_job(*args, **kwargs), Launch(rank, world), engine, workers)
 
 
 def files(folder):
@@ -113,6 +116,9 @@ def test_tokens_are_the_codes_of_the_papers_crops(inputs, whole):
         "n_vocab": 32,
         "crops": 1,
         "crop_seed": 0,
+        "batch": 4,
+        "dtype": "float32",
+        "val_fraction": pairs.made_of["val_fraction"],
     }
     assert [s["rows"] for s in reader.manifest["shards"]] == [7, 7, 7, 3]
     assert [s["val_rows"] for s in reader.manifest["shards"]] == [2, 1, 0, 1]
@@ -164,6 +170,39 @@ def test_crops_depend_on_key_seed_and_number_alone(inputs, whole, tmp_path):
     encode(inputs, tmp_path, seed=1)
     crops = [ShardReader(folder).column("crops", np.arange(N)) for folder in (whole, tmp_path)]
     assert (crops[0] != crops[1]).any(axis=1).sum() > N // 2
+
+
+def test_crops_of_a_picture_do_not_hang_on_each_other_nor_on_the_batch(inputs, whole, tmp_path):
+    encode(inputs, tmp_path / "three", crops=3, batch=7)
+    encode(inputs, tmp_path / "two", crops=2, batch=1)
+    one, two, three = (ShardReader(f) for f in (whole, tmp_path / "two", tmp_path / "three"))
+    assert (three.made_of["crops"], three[0]["image_tokens"].shape) == (3, (12,))
+    boxes = [reader.column("crops", np.arange(N)) for reader in (one, two, three)]
+    assert np.array_equal(boxes[0], boxes[1][:, :4])
+    assert np.array_equal(boxes[1], boxes[2][:, :8])
+    assert (boxes[2][:, :4] != boxes[2][:, 8:]).any()
+    tokens = [reader.image_tokens(np.arange(N)) for reader in (one, two, three)]
+    # another shape of the batch may round a near tie the other way
+    assert (tokens[0] != tokens[1][:, :4]).mean() < 0.05
+    assert (tokens[1] != tokens[2][:, :8]).mean() < 0.05
+    dvae, _ = load_dvae(inputs / "dvae")
+    crop = augment_dalle(picture(3), SIZE, job.crop_rng(0, "p3", 2))
+    codes = dvae.encode(torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255)
+    assert three[3]["key"] == "p3"
+    assert (codes.numpy().ravel() == tokens[2][3, 8:]).mean() > 0.7
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_make_the_bytes_of_one_process(inputs, whole, tmp_path, workers):
+    assert encode(inputs, tmp_path, workers=workers)["rows"] == N
+    assert files(tmp_path) == files(whole)
+
+
+@pytest.mark.ray
+def test_ray_makes_the_bytes_of_one_process(inputs, whole, tmp_path):
+    assert encode(inputs, tmp_path, engine="ray")["rows"] == N
+    assert files(tmp_path) == files(whole)
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
@@ -227,6 +266,7 @@ def test_a_picture_that_is_too_small_is_named(inputs, tmp_path):
 
 def start(out, inputs, launcher=(sys.executable, "-m"), **environment):
     places = ["--data", inputs / "pairs", "--dvae", inputs / "dvae", "--out", out, "--batch", "4"]
+    places += ["--workers", "1"]
     return subprocess.Popen(
         [*launcher, "data_prep.encode", *map(str, places)],
         stderr=subprocess.PIPE,
@@ -253,6 +293,8 @@ def test_mistakes_end_in_one_sentence_and_exit_code_2(inputs, whole, monkeypatch
         ({"--data": whole}, "is a set of tokens, a set of pairs is needed"),
         ({"--batch": 0}, "--batch 0"),
         ({"--batch": 2_000_000}, "take 1 to 4096"),
+        ({"--crops": 0}, "--crops 0: take 1 to 64"),
+        ({"--workers": 0, "--out": whole.parent / "new"}, "--workers 0 is outside 1..1024"),
     ]:
         options = {"--data": inputs / "pairs", "--dvae": inputs / "dvae", "--out": whole} | changes
         arguments = [str(word) for pair in options.items() for word in pair]

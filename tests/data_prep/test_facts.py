@@ -9,6 +9,7 @@ import pytest
 from data_prep import facts as facts_module
 from data_prep.check import Fact
 from data_prep.facts import drops_path, facts_path, merge, read_drops, read_facts, write_facts
+from data_prep.hashes import is_telling
 from data_prep.plan import Plan, Settings
 from pipeline.console import InputError
 
@@ -28,8 +29,8 @@ def random_shards(seed, n_shards=4, n_rows=60):
                 reason="empty file" if rng.random() < 0.2 else "",
                 caption=f"caption {rng.integers(3)}",
                 image_sha=bytes([rng.integers(40)]) * 16,
-                # as numbers that do not fit 63 bits
-                phash=(1 << 64) - 1 - int(rng.integers(20)),
+                # numbers that do not fit 63 bits, or say nothing
+                phash=(1 << 64) - 1 - int(rng.integers(20)) if rng.random() < 0.8 else 1,
                 notes=("cmyk",) if rng.random() < 0.5 else (),
             )
             for _ in range(rng.integers(n_rows))
@@ -53,6 +54,8 @@ def walk(shards, duplicates, near_duplicates):
         for k, facts in enumerate(shards):
             for row, fact in enumerate(facts):
                 if fact.reason or (k, row) in drops:
+                    continue
+                if reason.startswith("near") and not is_telling(fact.phash):
                     continue
                 if identity(fact) in seen:
                     drops[k, row] = (reason, f"the same as {seen[identity(fact)]!r}")
@@ -81,7 +84,7 @@ def test_the_first_of_equal_rows_stays(tmp_path, monkeypatch, part, duplicates, 
         fact.phash
         for k, facts in enumerate(shards)
         for row, fact in enumerate(facts)
-        if not fact.reason and (k, row) not in expected
+        if not fact.reason and (k, row) not in expected and is_telling(fact.phash)
     ]
     shared = [h for h in set(hashes) if hashes.count(h) > 1]
     near = {"rows": sum(map(hashes.count, shared)), "pictures": len(shared)}

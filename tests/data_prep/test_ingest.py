@@ -7,19 +7,24 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep import facts as facts_module
 from data_prep import ingest as ingest_module
-from data_prep.hashes import phash
-from data_prep.ingest import Reject, clean_caption, ingest, table
+from data_prep.engines import Launch
+from data_prep.facts import Job
+from data_prep.filters import Filters
+from data_prep.ingest import Team, ingest
+from data_prep.plan import Settings, Where, make_plan
 from pipeline.console import InputError
 from pipeline.data.images import decode_image
 from pipeline.data.schema import image_sha, split_of
-from pipeline.data.shards import ShardReader, ShardWriter
+from pipeline.data.shards import ShardReader
 
 ROOT = Path(__file__).parents[2]
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
@@ -85,7 +90,7 @@ BAD = {
     "cut2": ("png", PNG[: len(PNG) // 2], b"c", "truncated image"),
     "html": ("jpg", b"<html>404</html>", b"c", "not an image"),
     "pixel": ("png", encoded(NOISE[:1, :1]), b"c", "side below 8"),
-    "small": ("png", encoded(NOISE[:31]), b"c", "side below 32 (--upscale would enlarge it)"),
+    "small": ("png", encoded(NOISE[:31]), b"c", "side below 32 (--upscale keeps it)"),
     "zero": ("png", b"", b"c", "empty file"),
     "caption0": ("png", PNG, b"", "caption empty"),
     "caption1": ("png", PNG, b" \n\t\xc2\xa0\x00", "caption blank"),
@@ -95,6 +100,15 @@ BAD = {
     "caption5": ("png", PNG, None, "caption missing"),
     "image5": ("", None, b"c", "image missing"),
 }
+
+
+def make(sources, out, size=32, *, exclude=None, score=None, team=None, filters=(), **settings):
+    """Ingest without filters but those of ``filters``; returns the ledger."""
+    taken = {"min_words": 0, "english": False, "boilerplate": False, "max_aspect": 0}
+    filters = Filters(image_size=size, **taken | dict(filters))
+    where = [Where(str(source)) for source in sorted(sources)]
+    plan = make_plan(where, Settings(filters=filters, **settings), out)
+    return ingest(Job(plan, exclude, score), team or Team(workers=1))
 
 
 def write_pair(root, key, suffix, image, caption):
@@ -142,7 +156,8 @@ def ledger_of(out):
 
 
 def bytes_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def read(out):
@@ -158,7 +173,7 @@ def small_set(root, n=6):
 
 def test_every_bad_row_is_rejected_by_name_and_every_good_one_is_kept(zoo, tmp_path):
     root, expected = zoo
-    summary = ingest([root], tmp_path / "out", 32, upscale=False)
+    summary = make([root], tmp_path / "out", 32)
     on_disk, rejects = ledger_of(tmp_path / "out")
     assert rejects == expected
     assert on_disk == summary
@@ -173,7 +188,7 @@ def test_every_bad_row_is_rejected_by_name_and_every_good_one_is_kept(zoo, tmp_p
 
 
 def test_good_rows_keep_their_bytes_and_tell_their_upright_size(zoo, tmp_path):
-    ingest([zoo[0]], tmp_path / "out", 32, upscale=False)
+    make([zoo[0]], tmp_path / "out", 32)
     rows = read(tmp_path / "out")
     for key, (_, image, _, _) in GOOD.items():
         row = rows[key]
@@ -186,21 +201,6 @@ def test_good_rows_keep_their_bytes_and_tell_their_upright_size(zoo, tmp_path):
     assert rows["日本/犬 🐶"]["caption"] == "子犬"
     assert rows["one/same"]["caption"] == "first"
     assert list(rows) == sorted(rows)
-    for key, (_, image, _, _) in GOOD.items():
-        assert rows[key]["phash"] == phash(decode_image(image))
-
-
-def test_validation_rows_come_last_and_are_those_of_the_split(zoo, tmp_path):
-    ingest([zoo[0]], tmp_path / "out", 32, upscale=False, val_fraction=0.5)
-    reader = ShardReader(tmp_path / "out", "pairs")
-    assert reader.made_of["val_fraction"] == 0.5
-    assert reader.made_of["bytes"] == "inline"
-    for which in ("train", "val"):
-        side = reader.split(which)
-        keys = reader.keys(side.rows(np.arange(len(side))))
-        assert keys == sorted(key for key in GOOD if split_of(key, 0.5) == which)
-    with pytest.raises(InputError, match=r"val_fraction 0\.5 and not 0\.1"):
-        ingest([zoo[0]], tmp_path / "out", 32, upscale=False, val_fraction=0.1)
 
 
 def test_an_archive_gives_the_same_shards_as_the_folder(zoo, tmp_path):
@@ -219,188 +219,269 @@ def test_an_archive_gives_the_same_shards_as_the_folder(zoo, tmp_path):
         escape = tarfile.TarInfo("../../escape.png")
         escape.size = len(PNG)
         tar.addfile(escape, io.BytesIO(PNG))
-    summary = ingest([tmp_path / "x.tar"], tmp_path / "tar", 32, upscale=False)
+    summary = make([tmp_path / "x.tar"], tmp_path / "tar", 32)
     _, rejects = ledger_of(tmp_path / "tar")
     assert rejects == {key: row[3] for key, row in BAD.items()} | {
         "soft": "not a regular file",
         "../../escape": "path escapes the archive",
     }
     assert summary["rows_in"] == len(GOOD) + len(rejects)
-    ingest([root], tmp_path / "folder", 32, upscale=False)
+    make([root], tmp_path / "folder", 32)
     assert read(tmp_path / "tar") == read(tmp_path / "folder")
 
 
 def test_a_key_that_comes_twice_is_kept_once(tmp_path):
     one, two = small_set(tmp_path / "one", 3), small_set(tmp_path / "two", 4)
     write_pair(one, "002", "png", b"", b"bad first, good later")
-    summary = ingest([two, one], tmp_path / "out", 32, upscale=False)
-    assert summary["rejects"] == {"duplicate key": 3, "empty file": 1}
-    assert (summary["rows_in"], summary["rows_out"]) == (7, 3)
+    summary = make([two, one], tmp_path / "out", rows_per_shard=3)
+    # the third of the second source is the first that is whole
+    assert summary["rejects"] == {"duplicate key": 2, "empty file": 1}
+    assert (summary["rows_in"], summary["rows_out"]) == (7, 4)
+    lines = (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
+    assert [json.loads(line)["detail"] for line in lines if "duplicate" in line] == [
+        "the same as '000'",
+        "the same as '001'",
+    ]
 
 
-def test_upscale_keeps_what_is_small_as_it_is_to_be_enlarged_by_readers(tmp_path):
+def test_small_pictures_are_taken_as_they_are_and_enlarged_when_read(tmp_path):
     root = small_set(tmp_path / "in", 1)
     small = np.full((20, 10, 3), (10, 200, 90), np.uint8)
     write_pair(root, "small", "gif", encoded(small, "GIF"), b"green")
     write_pair(root, "speck", "png", encoded(NOISE[:7]), b"nothing")
     write_pair(root, "thread", "png", encoded(np.zeros((8, 30_000, 3), np.uint8)), b"long")
-    summary = ingest([root], tmp_path / "out", 300, upscale=True)
+    summary = make([root], tmp_path / "out", 300, filters={"upscale": True})
     assert summary["rejects"] == {"side below 8": 1, "too long to be enlarged": 1}
-    assert summary["notes"] == {"palette": 1, "upscaled": 2}
+    assert summary["notes"] == {"palette": 1, "smaller than 300: enlarged when read": 2}
+    reader = ShardReader(tmp_path / "out", "pairs")
     row = read(tmp_path / "out")["small"]
     assert (row["width"], row["height"]) == (10, 20)
     assert row["image"] == (root / "small.gif").read_bytes()
-    pixels = ShardReader(tmp_path / "out").decode(row["image"], 300)
+    pixels = reader.decode(row["image"], 300)
     assert pixels.shape == (600, 300, 3)
     assert (pixels == (10, 200, 90)).all()
-    summary = ingest([root], tmp_path / "kept", 40, upscale=True)
     # 8 x 30,000 is within bounds here: a strip of 40 x 150,000
-    assert summary["notes"] == {"palette": 1, "upscaled": 2}
-    assert read(tmp_path / "kept")["000"]["image"] == (root / "000.png").read_bytes()
+    summary = make([root], tmp_path / "kept", 40, filters={"upscale": True})
+    assert summary["notes"] == {"palette": 1, "smaller than 40: enlarged when read": 2}
+
+
+def test_equal_pictures_and_captions_stay_once_and_an_evaluation_set_stays_out(tmp_path):
+    root = small_set(tmp_path / "in", 6)
+    write_pair(root, "again", "png", encoded(NOISE), b"number 0")
+    write_pair(root, "other words", "png", encoded(NOISE), b"the first of all")
+    summary = make([root], tmp_path / "pair", rows_per_shard=3)
+    assert summary["rejects"] == {"duplicate picture and caption": 1}
+    # "000" and "other words", of which the hash is the same to the last bit
+    assert summary["near_duplicates"] == {"rows": 2, "pictures": 1}
+    summary = make([root], tmp_path / "image", rows_per_shard=3, duplicates="image")
+    assert summary["rejects"] == {"duplicate picture": 2}
+    summary = make([root], tmp_path / "off", duplicates="off", near_duplicates="drop")
+    assert summary["rejects"] == {"near-duplicate picture": 2}
+    hashes = tmp_path / "evaluation.txt"
+    hashes.write_text(f"{image_sha(encoded(np.roll(NOISE, 2, 0))).hex()}\n")
+    summary = make([root], tmp_path / "out", exclude=hashes, excluded="its sha256")
+    assert summary["rejects"] == {
+        "duplicate picture and caption": 1,
+        "in the list of excluded pictures": 1,
+    }
+    assert "002" not in read(tmp_path / "out")
+
+
+def test_a_score_of_the_users_own_sees_accepted_rows_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(facts_module, "SCORED", 4)
+    root = small_set(tmp_path / "in", 11)
+    write_pair(root, "bad", "png", b"", b"number 5")
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "def odd(pictures, captions):\n"
+        "    assert len(pictures) == len(captions) <= 4\n"
+        "    assert all(p.shape == (40, 48, 3) for p in pictures)\n"
+        "    return ['odd' if int(c.split()[1]) % 2 else None for c in captions]\n"
+    )
+    summary = make([root], tmp_path / "out", score=f"{judge}:odd", rows_per_shard=5)
+    assert summary["rejects"] == {"empty file": 1, "odd": 5}
+    assert sorted(read(tmp_path / "out")) == [f"{i:03d}" for i in range(0, 11, 2)]
+
+
+def test_validation_rows_are_chosen_by_key_and_stand_last(tmp_path):
+    root = small_set(tmp_path / "in", 40)
+    for rows in (7, 100):
+        out = tmp_path / str(rows)
+        make([root], out, rows_per_shard=rows, val_fraction=0.3)
+        reader = ShardReader(out, "pairs")
+        val = reader.split("val")
+        keys = set(reader.keys(val.rows(np.arange(len(val)))))
+        assert keys == {f"{i:03d}" for i in range(40) if split_of(f"{i:03d}", 0.3) == "val"}
+        assert len(reader.split("train")) + len(val) == 40
+        assert 4 < len(val) < 20
+
+
+def test_references_point_at_the_bytes_of_the_users_own_files(zoo, tmp_path):
+    root, _ = zoo
+    with tarfile.open(tmp_path / "zoo" / "x.tar", "w") as tar:
+        for i, suffix, data in ((0, "txt", b"in a tar"), (0, "png", encoded(NOISE[:, ::-1]))):
+            member = tarfile.TarInfo(f"archived-{i}.{suffix}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    inline = make([root], tmp_path / "inline")
+    summary = make([root], tmp_path / "out", bytes="reference")
+    assert summary == inline
+    held = sum(len(image) for image in (row["image"] for row in read(tmp_path / "inline").values()))
+    sizes = [
+        sum(p.stat().st_size for p in (tmp_path / n).glob("*.arrow")) for n in ("inline", "out")
+    ]
+    assert sizes[0] - sizes[1] > held // 2
+    rows = read(tmp_path / "out")
+    assert {key: row["image"] for key, row in rows.items()} == {
+        key: row["image"] for key, row in read(tmp_path / "inline").items()
+    }
+    assert json.loads((tmp_path / "out" / "sources.json").read_text()) == [str(root)]
+
+
+class Waiting(Exception):
+    pass
+
+
+def _no_wait(count, total):
+    if count < total:
+        raise Waiting
+
+
+@pytest.mark.parametrize("kind", ["inline", "reference"])
+def test_ranks_make_the_bytes_of_one_process(tmp_path, monkeypatch, kind):
+    root = small_set(tmp_path / "in", 9)
+    make([root], tmp_path / "one", rows_per_shard=2, bytes=kind)
+    monkeypatch.setattr(ingest_module, "wait", lambda count, total, what: _no_wait(count(), total))
+    for rank, is_early in ((1, True), (0, False), (1, False)):
+        team = Team(Launch(rank, 2), workers=1)
+        with pytest.raises(Waiting) if is_early else nullcontext():
+            make([root], tmp_path / "two", rows_per_shard=2, bytes=kind, team=team)
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
 
 def test_the_same_sources_give_the_same_bytes_wherever_they_lie(zoo, tmp_path):
     root, _ = zoo
     extra = small_set(tmp_path / "extra")
-    ingest([root, extra], tmp_path / "one", 32, upscale=False)
+    make([root, extra], tmp_path / "one", 32)
     root.rename(tmp_path / "a")
     (tmp_path / "moved").mkdir()
     (tmp_path / "a").rename(tmp_path / "moved" / "zoo")
     extra.rename(tmp_path / "moved" / "extra")
     moved = tmp_path / "moved"
-    ingest([moved / "extra", moved / "zoo"], tmp_path / "two", 32, upscale=False)
+    make([moved / "extra", moved / "zoo"], tmp_path / "two", 32)
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
 
 
 def test_a_second_run_changes_nothing_and_another_set_is_refused(tmp_path):
     root, out = small_set(tmp_path / "in"), tmp_path / "out"
-    summary = ingest([root], out, 32, upscale=False)
+    summary = make([root], out)
     before = bytes_of(out)
-    assert ingest([root], out, 32, upscale=False) == summary
+    assert make([root], out) == summary
     assert bytes_of(out) == before
     with pytest.raises(InputError, match=r"image_size 32 and not 16.*another folder"):
-        ingest([root], out, 16, upscale=False)
+        make([root], out, 16)
     with pytest.raises(InputError, match="upscale false and not true"):
-        ingest([root], out, 32, upscale=True)
+        make([root], out, filters={"upscale": True})
     write_pair(root, "new", "png", PNG, b"new")
-    with pytest.raises(InputError, match="another set, with sources"):
-        ingest([root], out, 32, upscale=False)
+    with pytest.raises(InputError, match="is finished, and in has changed since"):
+        make([root], out)
     assert bytes_of(out) == before
 
 
 def test_a_killed_run_leaves_no_manifest_and_can_be_repeated(tmp_path):
     root, out = small_set(tmp_path / "in"), tmp_path / "out"
-    code = f"""
+    for at in ("inspect_shard", "process_shard"):
+        code = f"""
 import os, signal
-from pathlib import Path
+from tests.data_prep import test_ingest
 from data_prep import ingest
-from pipeline.data import schema
-schema.ROWS_PER_SHARD["pairs"] = 2
-take = ingest._take
-def kill(pair, *rest):
-    if pair.key == "003":
+whole = ingest.{at}
+def kill(job, k, advance=None):
+    if k == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    take(pair, *rest)
-ingest._take = kill
-ingest.ingest([Path({str(root)!r})], Path({str(out)!r}), 32, False)
+    return whole(job, k, advance)
+ingest.{at} = kill
+test_ingest.make([{str(root)!r}], test_ingest.Path({str(out)!r}), rows_per_shard=2)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL
-    names = set(bytes_of(out))
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    names = {path.name for path in out.iterdir()}
     assert "shard-00000.arrow" in names
-    assert not names & {"manifest.json", "rejects.json", "rejects.jsonl"}
-    ingest([root], out, 32, upscale=False)
-    ingest([root], tmp_path / "clean", 32, upscale=False)
-    assert bytes_of(tmp_path / "clean").items() <= bytes_of(out).items()
+    assert not names & {"shard-00001.arrow", "manifest.json", "rejects.json", "rejects.jsonl"}
+    make([root], out, rows_per_shard=2)
+    make([root], tmp_path / "clean", rows_per_shard=2)
+    assert bytes_of(tmp_path / "clean") == bytes_of(out)
 
 
-def test_an_interrupted_run_cleans_up_behind_itself(tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_nothing_half_done(tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
     root, out = small_set(tmp_path / "in"), tmp_path / "out"
-    monkeypatch.setattr(ingest_module, "_take", interrupt)
+    monkeypatch.setattr(ingest_module, "_columns", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        ingest([root], out, 32, upscale=False)
-    assert bytes_of(out) == {}
+        make([root], out)
+    assert not [name for name in bytes_of(out) if "tmp" in name or "shard" in name]
 
 
-def test_a_row_that_gets_lost_is_noticed(tmp_path, monkeypatch):
-    root = small_set(tmp_path / "in")
-    monkeypatch.setattr(ingest_module.Ledger, "reject", lambda *args: None)
-    write_pair(root, "bad", "png", b"", b"c")
-    with pytest.raises(AssertionError, match="1 rows are neither"):
-        ingest([root], tmp_path / "out", 32, upscale=False)
-    assert not (tmp_path / "out" / "manifest.json").exists()
+def test_sources_that_change_between_the_passes_are_noticed(tmp_path, monkeypatch):
+    root, out = small_set(tmp_path / "in"), tmp_path / "out"
+    merge = ingest_module.merge
+
+    def change(plan):
+        (root / "002.png").write_bytes(encoded(NOISE[::-1]).ljust(len(PNG)))
+        return merge(plan)
+
+    monkeypatch.setattr(ingest_module, "merge", change)
+    with pytest.raises(InputError, match=r"have changed since row '002' was inspected: delete"):
+        make([root], out)
+    assert not list(out.glob("shard*"))
+
+
+def test_a_source_that_is_gone_is_a_sentence(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        make([tmp_path / "nowhere"], tmp_path / "out")
 
 
 def test_nothing_accepted_is_an_input_error_with_the_commonest_reason(tmp_path):
     root, out = small_set(tmp_path / "in"), tmp_path / "out"
     write_pair(root, "bad", "png", b"", b"c")
     with pytest.raises(InputError, match=r"none of the 7 rows .* 6 of them for: side below 64"):
-        ingest([root], out, 64, upscale=False)
+        make([root], out, 64)
     assert not (out / "manifest.json").exists()
     assert len(ledger_of(out)[1]) == 7
-    assert ingest([root], out, 32, upscale=False)["rows_out"] == 6
+    assert make([root], out)["rows_out"] == 6
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"no picture and no \.txt in empty"):
-        ingest([tmp_path / "empty"], tmp_path / "out2", 32, upscale=False)
+    with pytest.raises(InputError, match=r"no picture and no caption in empty"):
+        make([tmp_path / "empty"], tmp_path / "out2")
     with pytest.raises(InputError, match="image size 7 is below 8"):
-        ingest([root], out, 7, upscale=False)
+        make([root], out, 7)
 
 
-def test_wide_errors_of_the_writer_do_stop_the_job(tmp_path, monkeypatch):
-    def full(self, row, *, val):
+def test_a_shard_without_rows_is_a_shard(tmp_path):
+    root = small_set(tmp_path / "in", 6)
+    for i in (2, 3):
+        (root / f"{i:03d}.png").write_bytes(b"")
+    summary = make([root], tmp_path / "out", rows_per_shard=2)
+    reader = ShardReader(tmp_path / "out", "pairs")
+    assert [shard["rows"] for shard in reader.manifest["shards"]] == [2, 0, 2]
+    assert sorted(read(tmp_path / "out")) == ["000", "001", "004", "005"]
+    assert summary["rejects"] == {"empty file": 2}
+
+
+def test_a_full_disk_stops_the_job_and_not_its_next_try(tmp_path, monkeypatch):
+    def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ShardWriter, "add", full)
-    with pytest.raises(OSError, match="No space left"):
-        ingest([small_set(tmp_path / "in")], tmp_path / "out", 32, upscale=False)
-
-
-@pytest.mark.parametrize(
-    ("data", "caption", "notes"),
-    [
-        (b"a\tb\r\nc", "a b c", ()),
-        (b"  a  b ", "a b", ()),
-        (b"\xef\xbb\xbfa", "a", ()),
-        (b"a\x00\x1bb\xc2\x9b", "ab", ("control characters stripped",)),
-        ("naïve 👩‍🚀".encode(), "naïve 👩‍🚀", ()),
-        (b"x" * 10_000, "x" * 10_000, ()),
-    ],
-)
-def test_captions_are_one_line_without_control_characters(data, caption, notes):
-    assert clean_caption(data) == (caption, notes)
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"", "caption empty"),
-        (b"\xef\xbb\xbf", "caption blank"),
-        (b"\x00\x01", "caption blank"),
-        # the tokenizer reads none of these: a silent sample without a caption
-        ("\u200b \ufeff\u200e\u061c".encode(), "caption blank"),
-        ("\u2581\ufffd".encode(), "caption blank"),
-        (b"\xff\xfea\x00", "caption not UTF-8"),
-        (b"x" * 10_001, "caption too long"),
-    ],
-)
-def test_captions_that_say_nothing_are_rejected(data, reason):
-    with pytest.raises(Reject) as caught:
-        clean_caption(data)
-    assert caught.value.reason == reason
-
-
-def test_the_table_has_a_line_for_each_count():
-    summary = {"rows_in": 1200, "rows_out": 7, "rejects": {"empty file": 3}, "notes": {"cmyk": 1}}
-    assert [line.split("  ")[0] for line in table(summary).splitlines()] == [
-        "rows in",
-        "rows out",
-        "rejected: empty file",
-        "noted: cmyk",
-    ]
-    assert "1,200" in table(summary)
+    root = small_set(tmp_path / "in")
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest_module, "write_shard", full)
+        with pytest.raises(OSError, match="No space left"):
+            make([root], tmp_path / "out")
+    make([root], tmp_path / "out")
+    make([root], tmp_path / "clean")
+    assert bytes_of(tmp_path / "clean") == bytes_of(tmp_path / "out")
 
 
 def run(*arguments):
@@ -429,8 +510,8 @@ def test_the_command_takes_its_size_from_a_preset_and_fails_in_a_sentence(tmp_pa
 
 def test_a_damaged_ledger_of_a_finished_set_is_a_sentence(tmp_path):
     small_set(tmp_path / "in")
-    ingest([tmp_path / "in"], tmp_path / "out", 8, False)
+    make([tmp_path / "in"], tmp_path / "out", 8)
     for content in ("[]", "{}", '{"rows_in": 1', '{"rows_in": 1, "rows_out": 1, "rejects": 3}'):
         (tmp_path / "out" / "rejects.json").write_text(content)
         with pytest.raises(InputError, match=r"rejects\.json: .*; delete .* and ingest again"):
-            ingest([tmp_path / "in"], tmp_path / "out", 8, False)
+            make([tmp_path / "in"], tmp_path / "out", 8)

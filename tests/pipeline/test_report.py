@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep import ingest
 from data_prep.scenes import write_scenes
 from pipeline import report
 from pipeline.config import DvaeConfig
@@ -15,6 +14,7 @@ from pipeline.console import InputError
 from pipeline.data.pictures import save_png
 from pipeline.evaluation import scenes
 from pipeline.models.dvae import DiscreteVAE, save_dvae
+from tests import tiny
 
 KINDS = ("train", "val", "machine")
 CAPTION = "a large red circle in the middle on a white background"
@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a small run leaves behind, with a dVAE of random weights."""
     root = tmp_path_factory.mktemp("run")
     write_scenes(root / "scenes", 40, 64, seed=0, hold_out=False, two_objects=0.0)
-    ingest.ingest([root / "scenes"], root / "pairs", image_size=64, upscale=False)
+    tiny.ingest([root / "scenes"], root / "pairs", 64)
     torch.manual_seed(0)
     config = DvaeConfig(image_size=64, n_vocab=16, n_hid=4, n_init=4, n_blk_per_group=1)
     save_dvae(root / "dvae", DiscreteVAE(config))
