@@ -7,6 +7,7 @@ anything of the project but the way to complain.
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,28 +38,69 @@ class DvaeConfig:
     n_blk_per_group: int = 2
 
     def __post_init__(self) -> None:
-        require(
-            self.image_size >= DOWNSAMPLING and self.image_size % DOWNSAMPLING == 0,
-            f"image_size is {self.image_size}; it must be a positive multiple of {DOWNSAMPLING}, "
-            "the side of one code in pixels",
-        )
+        _check_image_model(self)
         require(
             2 <= self.n_vocab <= 65536,
             f"n_vocab is {self.n_vocab}; codes are stored as uint16, so take 2 to 65,536",
-        )
-        require(
-            self.n_hid >= 4 and self.n_hid % 4 == 0,
-            f"n_hid is {self.n_hid}; residual paths are a quarter as wide, so take a multiple of 4",
-        )
-        require(self.n_init >= 1, f"n_init is {self.n_init}; take at least 1")
-        require(
-            self.n_blk_per_group >= 1, f"n_blk_per_group is {self.n_blk_per_group}; take 1 or more"
         )
 
     @property
     def grid(self) -> int:
         """Codes a side."""
         return self.image_size // DOWNSAMPLING
+
+
+@dataclass(frozen=True)
+class FsqConfig:
+    """An image tokenizer with the dVAE's layers and a codebook that is not learnt.
+
+    Finite scalar quantisation (arXiv 2309.15505): a code is one of ``levels[i]`` values in each of
+    a few channels. The defaults are the levels of its table 1 for 2^14 codes.
+    """
+
+    image_size: int = 256  # pixels a side
+    levels: tuple[int, ...] = (8, 8, 8, 6, 5)
+    n_hid: int = 256
+    n_init: int = 128
+    n_blk_per_group: int = 2
+
+    def __post_init__(self) -> None:
+        _check_image_model(self)
+        object.__setattr__(self, "levels", tuple(self.levels))  # JSON knows lists only
+        require(
+            all(isinstance(n, int) and n >= 2 for n in self.levels) and 2 <= self.n_vocab <= 65536,
+            f"levels are {list(self.levels)}, which make {self.n_vocab} codes; take whole numbers "
+            "from 2 on whose product is at most 65,536, for codes are stored as uint16",
+        )
+
+    @property
+    def n_vocab(self) -> int:
+        """Codes: all combinations of levels."""
+        return math.prod(self.levels)
+
+    @property
+    def grid(self) -> int:
+        """Codes a side."""
+        return self.image_size // DOWNSAMPLING
+
+
+ImageModel = DvaeConfig | FsqConfig
+
+
+def _check_image_model(config: "ImageModel") -> None:
+    """Sizes of the layers that both tokenizers have."""
+    require(
+        config.image_size >= DOWNSAMPLING and config.image_size % DOWNSAMPLING == 0,
+        f"image_size is {config.image_size}; it must be a positive multiple of {DOWNSAMPLING}, "
+        "the side of one code in pixels",
+    )
+    require(
+        config.n_hid >= 4 and config.n_hid % 4 == 0,
+        f"n_hid is {config.n_hid}; residual paths are a quarter as wide, so take a multiple of 4",
+    )
+    for name in ("n_init", "n_blk_per_group"):
+        value = getattr(config, name)
+        require(value >= 1, f"{name} is {value}; take 1 or more")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config import LAYER_GROUPS, DvaeConfig, as_dict
+from pipeline.config import LAYER_GROUPS, DvaeConfig, FsqConfig, ImageModel, as_dict
 from pipeline.console import InputError
+from pipeline.models.fsq import Fsq
 from pipeline.models.released import read_released
 from pipeline.weights import load_weights, save_weights
 
@@ -101,7 +102,7 @@ class Block(nn.Module):
         return y
 
 
-def _groups(widths: list[int], config: DvaeConfig, kernels: tuple[int, ...]) -> OrderedDict:
+def _groups(widths: list[int], config: ImageModel, kernels: tuple[int, ...]) -> OrderedDict:
     """group_1 .. group_4 of residual blocks from ``widths[i]`` to ``widths[i + 1]`` channels."""
     n_layers = LAYER_GROUPS * config.n_blk_per_group
     groups: OrderedDict[str, nn.Sequential] = OrderedDict()
@@ -115,36 +116,36 @@ def _groups(widths: list[int], config: DvaeConfig, kernels: tuple[int, ...]) -> 
 
 
 class Encoder(nn.Module):
-    """Mapped pixels [B, 3, 8 Y, 8 X] to logits [B, V, Y, X], float32."""
+    """Mapped pixels [B, 3, 8 Y, 8 X] to logits [B, V, Y, X], float32; V is ``n_out``."""
 
-    def __init__(self, config: DvaeConfig) -> None:
+    def __init__(self, config: ImageModel, n_out: int) -> None:
         super().__init__()
         h = config.n_hid
         groups = _groups([h, h, 2 * h, 4 * h, 8 * h], config, (3, 3, 3, 1))
         for name in ("group_1", "group_2", "group_3"):
             groups[name].add_module("pool", nn.MaxPool2d(kernel_size=2))
         output = nn.Sequential(
-            OrderedDict(relu=nn.ReLU(), conv=Conv2d(8 * h, config.n_vocab, 1, full_precision=True))
+            OrderedDict(relu=nn.ReLU(), conv=Conv2d(8 * h, n_out, 1, full_precision=True))
         )
         self.blocks = nn.Sequential(OrderedDict(input=Conv2d(3, h, 7), **groups, output=output))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The 8 x 8 pixels of each position become n_vocab logits."""
+        """The 8 x 8 pixels of each position become n_out numbers."""
         logits: Tensor = self.blocks(x)
         return logits
 
 
 class Decoder(nn.Module):
-    """Codes as (relaxed) one-hot maps [B, V, Y, X] to stats [B, 6, 8 Y, 8 X]."""
+    """Codes as (relaxed) one-hot maps [B, V, Y, X] to stats [B, 6, 8 Y, 8 X]; V is ``n_in``."""
 
-    def __init__(self, config: DvaeConfig) -> None:
+    def __init__(self, config: ImageModel, n_in: int) -> None:
         super().__init__()
         h = config.n_hid
         groups = _groups([config.n_init, 8 * h, 4 * h, 2 * h, h], config, (1, 3, 3, 3))
         for name in ("group_1", "group_2", "group_3"):
             groups[name].add_module("upsample", nn.Upsample(scale_factor=2, mode="nearest"))
         output = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(h, 6, 1)))
-        codebook = Conv2d(config.n_vocab, config.n_init, 1, full_precision=True)
+        codebook = Conv2d(n_in, config.n_init, 1, full_precision=True)
         self.blocks = nn.Sequential(OrderedDict(input=codebook, **groups, output=output))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -157,18 +158,22 @@ class DiscreteVAE(nn.Module):
     """The tokenizer: ``encode`` pictures to codes, ``decode`` codes to pictures.
 
     ``set_compute_dtype(torch.bfloat16)`` makes all convolutions but the two around the relaxation
-    compute in 16 bit, as the released model does; logits and stats stay float32.
+    compute in 16 bit, as the released model does; logits and stats stay float32. With an
+    ``FsqConfig``, codes are made by finite scalar quantisation instead (``pipeline.models.fsq``):
+    the two convolutions then have a few channels where the dVAE's have n_vocab.
     """
 
     # ZeRO-3 gathers each of these whole, in one message: convolution by convolution the messages
     # cost twice what a small model computes
     ZERO_LEAVES = (Encoder, Decoder)
 
-    def __init__(self, config: DvaeConfig) -> None:
+    def __init__(self, config: ImageModel) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.fsq = Fsq(config.levels) if isinstance(config, FsqConfig) else None
+        n_channels = config.n_vocab if self.fsq is None else self.fsq.n_channels
+        self.encoder = Encoder(config, n_channels)
+        self.decoder = Decoder(config, n_channels)
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Compute the convolutions in ``dtype``."""
@@ -184,24 +189,20 @@ class DiscreteVAE(nn.Module):
         Args:
             image_BCYX: float32 in [0, 1].
             gumbel_BVYX: standard Gumbel noise for the relaxation at ``tau``, forward and backward
-            alike
-                (issue 1 of the released code: no straight-through); None takes the argmax codes.
-            tau: temperature of the relaxation.
+                alike (issue 1 of the released code: no straight-through); None takes the argmax
+                codes, as FSQ does always.
+            tau: temperature of the relaxation; at 0, its limit, the codes are a sample of q.
 
         Returns:
-            ``nll_B`` sum of -ln p over the pixel values, ``kl_B`` KL to the uniform prior, both in
-            nats; ``codes_BYX`` the argmax codes; ``picture_BCYX`` the reconstruction in [0, 1],
-            and ``error_B`` its mean squared error.
+            ``nll_B`` sum of -ln p over the pixel values, ``kl_B`` KL to the uniform prior (0 with
+            FSQ), both in nats; ``codes_BYX`` the codes without noise; ``picture_BCYX`` the
+            reconstruction in [0, 1], and ``error_B`` its mean squared error.
         """
         x_BCYX = map_pixels(image_BCYX)
         # ZeRO-3 lets go of a leaf's weights when the gradient of its input is done, so it needs one
         x_BCYX.requires_grad_(torch.is_grad_enabled())
         logits_BVYX = self._encoder_logits(x_BCYX)
-        codes_BYX = logits_BVYX.argmax(dim=1)
-        if gumbel_BVYX is None:
-            z_BVYX = F.one_hot(codes_BYX, self.config.n_vocab).permute(0, 3, 1, 2).float()
-        else:
-            z_BVYX = F.softmax((logits_BVYX + gumbel_BVYX) / tau, dim=1)
+        z_BVYX = self._decoder_input(logits_BVYX, gumbel_BVYX, tau)
         stats_BSYX = self.decoder(z_BVYX.contiguous(memory_format=torch.channels_last))
         nll_B = logit_laplace_nll(x_BCYX, stats_BSYX).sum(dim=(1, 2, 3))
         with torch.no_grad():
@@ -209,14 +210,14 @@ class DiscreteVAE(nn.Module):
             error_B = (picture_BCYX - image_BCYX).square().mean(dim=(1, 2, 3))
         return {
             "nll_B": nll_B,
-            "kl_B": kl_to_uniform(logits_BVYX),
-            "codes_BYX": codes_BYX,
+            "kl_B": kl_to_uniform(logits_BVYX) if self.fsq is None else torch.zeros_like(nll_B),
+            "codes_BYX": self._codes(logits_BVYX),
             "picture_BCYX": picture_BCYX,
             "error_B": error_B,
         }
 
     def logits(self, image_BCYX: Tensor) -> Tensor:
-        """Encoder logits [B, V, Y, X] of pictures in [0, 1].
+        """Encoder logits [B, V, Y, X] of pictures in [0, 1]; with FSQ what it is to round.
 
         Raises:
             InputError: pictures that are not [B, 3, image_size, image_size].
@@ -234,12 +235,27 @@ class DiscreteVAE(nn.Module):
         logits: Tensor = self.encoder(x_BCYX.contiguous(memory_format=torch.channels_last))
         return logits
 
+    def _decoder_input(self, logits_BVYX: Tensor, gumbel_BVYX: Tensor | None, tau: float) -> Tensor:
+        if self.fsq is not None:
+            values: Tensor = self.fsq(logits_BVYX)
+            return values
+        if gumbel_BVYX is not None and tau > 0:
+            return F.softmax((logits_BVYX + gumbel_BVYX) / tau, dim=1)
+        noisy_BVYX = logits_BVYX if gumbel_BVYX is None else logits_BVYX + gumbel_BVYX
+        z_BYXV = F.one_hot(noisy_BVYX.argmax(dim=1), self.config.n_vocab)
+        return z_BYXV.permute(0, 3, 1, 2).float()
+
+    def _codes(self, logits_BVYX: Tensor) -> Tensor:
+        return logits_BVYX.argmax(dim=1) if self.fsq is None else self.fsq.codes(logits_BVYX)
+
     def encode(self, image_BCYX: Tensor) -> Tensor:
-        """Argmax codes int64 [B, Y, X] of pictures in [0, 1] (section 2.2)."""
-        return self.logits(image_BCYX).argmax(dim=1)
+        """Codes int64 [B, Y, X] of pictures in [0, 1]: the argmax of the logits (section 2.2)."""
+        return self._codes(self.logits(image_BCYX))
 
     def decode(self, codes_BYX: Tensor) -> Tensor:
         """Pictures float32 [B, 3, 8 Y, 8 X] in [0, 1] of codes int64 in [0, n_vocab)."""
+        if self.fsq is not None:
+            return _picture(self.decoder(self.fsq.values(codes_BYX)))
         codebook, *others = self.decoder.blocks
         assert isinstance(codebook, Conv2d)
         # a 1x1 convolution of one-hot maps, which take 32 MB a picture at the paper's size
@@ -262,14 +278,17 @@ def save_dvae(folder: str | Path, dvae: DiscreteVAE, made_of: dict | None = None
 
 
 def load_dvae(folder: str | Path, device: str | torch.device = "cpu") -> tuple[DiscreteVAE, str]:
-    """The frozen dVAE of a folder, in evaluation mode, and its fingerprint.
+    """The frozen dVAE of a folder, of either kind, in evaluation mode, and its fingerprint.
 
     Raises:
         InputError: no such folder, another kind of model in it, weights that do not fit their
         config.
     """
     artifact = load_weights(folder, "dvae")
-    dvae = DiscreteVAE(artifact.config_as(DvaeConfig))
+    kind: type[DvaeConfig] | type[FsqConfig] = DvaeConfig
+    if "levels" in artifact.config:
+        kind = FsqConfig
+    dvae = DiscreteVAE(artifact.config_as(kind))
     artifact.fill(dvae)
     return dvae.to(device).eval().requires_grad_(False), artifact.fingerprint
 

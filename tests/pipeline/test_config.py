@@ -4,7 +4,7 @@ import json
 import pytest
 
 from pipeline import config
-from pipeline.config import DalleConfig, DvaeConfig, Ramp, as_dict, fingerprint
+from pipeline.config import DalleConfig, DvaeConfig, FsqConfig, Ramp, as_dict, fingerprint
 from pipeline.console import InputError
 from tests import tiny as runs
 
@@ -19,13 +19,37 @@ from tests import tiny as runs
         ({"n_vocab": 65537}, "n_vocab is 65537"),
         ({"n_hid": 6}, "n_hid is 6; .* take a multiple of 4"),
         ({"n_hid": 0}, "n_hid is 0"),
-        ({"n_init": 0}, "n_init is 0; take at least 1"),
+        ({"n_init": 0}, "n_init is 0; take 1 or more"),
         ({"n_blk_per_group": 0}, "n_blk_per_group is 0; take 1 or more"),
     ],
 )
 def test_a_wrong_dvae_is_refused(changes, sentence):
     with pytest.raises(InputError, match=sentence):
         DvaeConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"image_size": 60}, "image_size is 60; it must be a positive multiple of 8"),
+        ({"n_hid": 6}, "n_hid is 6; .* take a multiple of 4"),
+        ({"n_init": 0}, "n_init is 0; take 1 or more"),
+        ({"levels": ()}, r"levels are \[\], which make 1 codes; take whole numbers from 2 on"),
+        ({"levels": (8, 1)}, r"levels are \[8, 1\], which make 8 codes"),
+        ({"levels": (8, 2.5)}, r"levels are \[8, 2.5\]"),
+        ({"levels": (16, 16, 16, 17)}, "which make 69632 codes; .* at most 65,536"),
+    ],
+)
+def test_a_wrong_fsq_is_refused(changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        FsqConfig(**changes)
+
+
+def test_fsq_comes_back_from_json():
+    config = FsqConfig(levels=(4, 3))
+    assert FsqConfig(**json.loads(json.dumps(as_dict(config)))) == config
+    assert (config.n_vocab, config.grid) == (12, 32)
+    assert FsqConfig(levels=(16, 16, 16, 16)).n_vocab == 65536
 
 
 @pytest.mark.parametrize(

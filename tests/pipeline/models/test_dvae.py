@@ -313,6 +313,44 @@ def test_gradient_is_that_of_the_soft_sample(monkeypatch):
         assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5), name
 
 
+def test_at_temperature_0_codes_are_a_sample_of_q():
+    dvae, noise = tiny_dvae(), gumbel()
+    with torch.no_grad():
+        z, out = decoder_input(dvae, pictures(), noise, 0.0)
+        soft, _ = decoder_input(dvae, pictures(), noise, 1e-3)
+        logits = dvae.logits(pictures())
+    assert torch.equal(z, F.one_hot((logits + noise).argmax(1), TINY.n_vocab).permute(0, 3, 1, 2))
+    torch.testing.assert_close(soft, z)
+    # what stage 2 reads knows no noise
+    assert torch.equal(out["codes_BYX"], logits.argmax(1))
+    assert not torch.equal(z.argmax(1), out["codes_BYX"])
+
+
+def test_nll_at_temperature_0_is_on_average_that_over_all_grids_of_codes():
+    """Every grid of codes by its probability under q: 3 codes at 2 x 2 positions."""
+    torch.manual_seed(0)
+    dvae = DiscreteVAE(DvaeConfig(image_size=16, n_vocab=3, n_hid=8, n_init=5, n_blk_per_group=1))
+    with torch.no_grad():
+        dvae.decoder.blocks.input.w.mul_(30)  # codes that matter
+        dvae.encoder.blocks.output.conv.w.mul_(2)
+        image = pictures(1)
+        q = F.softmax(dvae.logits(image).double(), dim=1)[0].flatten(1)
+        grids = torch.cartesian_prod(*[torch.arange(3)] * 4)
+        weights = torch.stack([q[grids[:, i], i] for i in range(4)], dim=1).prod(dim=1)
+        assert weights.sum().item() == pytest.approx(1)
+        z = F.one_hot(grids.view(-1, 2, 2), 3).permute(0, 3, 1, 2).float()
+        x = (0.1 + 0.8 * image).expand(len(grids), -1, -1, -1)
+        nll = logit_laplace_nll(x, dvae.decoder(z)).double().sum(dim=(1, 2, 3))
+        wanted, spread = (weights * nll).sum(), (weights * nll**2).sum()
+        n = 4096
+        noise = torch.rand(n, 3, 2, 2, generator=torch.Generator().manual_seed(7))
+        got = dvae(image.repeat(n, 1, 1, 1), -(-noise.log()).log(), 0.0)["nll_B"].double()
+    error = math.sqrt((spread - wanted**2).item() / n)
+    assert abs(got.mean() - wanted) < 4 * error
+    # the most likely codes are no sample: their nll is another number
+    assert abs(dvae(image)["nll_B"].item() - wanted) > 20 * error
+
+
 # ---- the tokenizer
 
 
