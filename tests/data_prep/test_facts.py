@@ -19,7 +19,7 @@ def plan_of(out, n_shards, **changes):
     return Plan(out, (), settings, ("in",), ("",) * n_shards, (0,) * n_shards, "a plan")
 
 
-def random_shards(seed, n_shards=4, n_rows=60):
+def random_shards(seed, n_shards=4, n_rows=90):
     """Facts whose keys, captions, pictures and perceptual hashes collide often."""
     rng = np.random.default_rng(seed)
     return [
@@ -33,7 +33,7 @@ def random_shards(seed, n_shards=4, n_rows=60):
                 phash=(1 << 64) - 1 - int(rng.integers(20)) if rng.random() < 0.8 else 1,
                 notes=("cmyk",) if rng.random() < 0.5 else (),
             )
-            for _ in range(rng.integers(n_rows))
+            for _ in range(rng.integers(n_rows // 2, n_rows))
         ]
         for _ in range(n_shards)
     ]
