@@ -515,3 +515,24 @@ def test_a_damaged_ledger_of_a_finished_set_is_a_sentence(tmp_path):
         (tmp_path / "out" / "rejects.json").write_text(content)
         with pytest.raises(InputError, match=r"rejects\.json: .*; delete .* and ingest again"):
             make([tmp_path / "in"], tmp_path / "out", 8)
+
+
+@pytest.mark.ray
+def test_ray_makes_the_bytes_of_ranks_though_a_worker_is_killed(tmp_path):
+    root = small_set(tmp_path / "in", 9)
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "import os, pathlib, signal\n"
+        f"mark = pathlib.Path({str(tmp_path / 'killed')!r})\n"
+        "def kill_once(pictures, captions):\n"
+        "    if 'number 4' in captions and not mark.exists():\n"
+        "        mark.touch()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return [None] * len(pictures)\n"
+    )
+    settings = {"rows_per_shard": 2, "score": f"{judge}:kill_once"}
+    make([root], tmp_path / "ray", team=Team(engine="ray"), **settings)
+    assert (tmp_path / "killed").exists()
+    make([root], tmp_path / "ranks", **settings)
+    assert bytes_of(tmp_path / "ray") == bytes_of(tmp_path / "ranks")
+    assert len(read(tmp_path / "ray")) == 9

@@ -47,15 +47,18 @@ def make_source(folder: Path, n: int = PICTURES) -> None:
 
 
 def _fill(folder: Path, archives: list[tarfile.TarFile], rng: np.random.Generator, n: int) -> None:
+    pictures: list[bytes] = []
     for i in range(n):
         height, width = rng.integers(33, 64, 2)
         pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG")
-        caption = f"a picture of noise and the number {i % (n - 20)}"
+        pictures.append(file.getvalue())
+        same = i % (n - 20)
+        caption = f"a picture of noise and the number {same}"
         if i % 17 == 0:
             caption = ""
-        for name, data in ((f"{i:06d}.jpg", file.getvalue()), (f"{i:06d}.txt", caption.encode())):
+        for name, data in ((f"{i:06d}.jpg", pictures[same]), (f"{i:06d}.txt", caption.encode())):
             if i % 2:
                 (folder / name).write_bytes(data)
             else:
