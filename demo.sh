@@ -11,8 +11,12 @@ cd "$(dirname "$0")"
 export PATH="$PWD/.venv/bin:$PATH"
 
 DATA=${1:-}
-OUT=runs/demo DVAE=dvae_demo DALLE=dalle_demo
-if [ -n "$DATA" ]; then OUT=runs/own DVAE=dvae_own DALLE=dalle_own; fi
+OUT=runs/demo DVAE=dvae_demo DALLE=dalle_demo TAKE=
+if [ -n "$DATA" ]; then
+    OUT=runs/own DVAE=dvae_own DALLE=dalle_own
+    # nothing of yours is left out that can be read: no filter of the paper, any size
+    TAKE="--min-words 0 --any-language --keep-boilerplate --max-aspect 0 --upscale"
+fi
 mkdir -p "$OUT"
 
 # one rank a GPU, or two ranks that share the cores; bfloat16 where the hardware multiplies it
@@ -47,7 +51,8 @@ if [ -z "$DATA" ]; then
 fi
 
 # 2. checked, counted, packed into Arrow shards
-stage ingest python -m data_prep.ingest "$DATA" --out "$OUT/pairs" --preset "$DVAE" --upscale --val-fraction 0.05
+# shellcheck disable=SC2086
+stage ingest python -m data_prep.ingest "$DATA" --out "$OUT/pairs" --preset "$DVAE" --val-fraction 0.05 $TAKE
 
 # 3. captions -> byte pairs
 stage tokenizer python -m data_prep.train_tokenizer --data "$OUT/pairs" --out "$OUT/tokenizer" --preset "$DALLE"

@@ -307,7 +307,7 @@ def _each(
         def advance(n_bytes: int) -> None:
             nonlocal seen
             seen += n_bytes
-            bar.advance(min(seen, total) // MIB - bar.done, f"{rows} pairs")
+            bar.advance(min(seen, total) // MIB - bar.done, f"{rows} pairs" if rows else "")
 
         if team.engine == "local" and workers == 1:
             task = partial(task, advance=advance)
