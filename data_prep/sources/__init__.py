@@ -4,8 +4,6 @@
 """
 
 import os
-from collections.abc import Iterator
-from hashlib import sha256
 from pathlib import Path
 
 from data_prep.sources.archive import ArchiveSource
@@ -23,12 +21,8 @@ __all__ = [
     "Piece",
     "RawPair",
     "Source",
-    "all_rows",
     "open_source",
-    "survey",
 ]
-
-PIECE_ROWS = 65_536  # of ``all_rows`` and ``survey``
 
 
 def open_source(uri: str | Path, images: str | Path | None = None) -> Source:
@@ -68,20 +62,3 @@ def open_source(uri: str | Path, images: str | Path | None = None) -> Source:
     if folder is not None:
         raise InputError(f"{place.uri} has its pictures with it: leave out {folder.uri}")
     return FolderSource(place) if kind == "folder" else ArchiveSource(place)
-
-
-def all_rows(path: str | Path) -> Iterator[RawPair]:
-    """All rows of a source."""
-    source = open_source(path)
-    for piece in source.pieces(PIECE_ROWS):
-        yield from source.rows(piece)
-
-
-def survey(path: str | Path) -> tuple[int, str]:
-    """Size of a source in bytes, and a sha256 over names and sizes of its files."""
-    total, digest = 0, sha256()
-    for piece in open_source(path).pieces(PIECE_ROWS):
-        total += piece.n_bytes
-        for file in piece.files:
-            digest.update(repr(file).encode())
-    return total, digest.hexdigest()

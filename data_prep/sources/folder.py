@@ -78,11 +78,10 @@ class FolderSource(Source):
             if parts:
                 yield _listed(parts)
             units = [info for info in infos if _suffix(info.path) in UNITS]
-            has_archive = any(_suffix(info.path) == ".tar" for info in units)
             for info in units:
-                yield from self._unit(info, has_archive, max_rows)
+                yield from self._unit(info, max_rows)
 
-    def _unit(self, info: FileInfo, has_archive: bool, max_rows: int) -> Iterator[Listed | Piece]:
+    def _unit(self, info: FileInfo, max_rows: int) -> Iterator[Listed | Piece]:
         """The pieces of an archive or a table."""
         problem, detail = info.problem, info.detail
         if problem is None and not _is_utf8(info.path):
@@ -91,7 +90,7 @@ class FolderSource(Source):
             yield _no_pair(info.path, problem, detail, info.size)
         elif _suffix(info.path) == ".tar":
             yield archive_piece(info.path, info.size)
-        elif not has_archive:  # else it is what img2dataset tells of that archive
+        else:
             try:
                 yield from table_pieces(self.place, info.path, max_rows)
             except NoTable as error:

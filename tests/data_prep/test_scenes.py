@@ -9,10 +9,10 @@ from PIL import Image
 
 from data_prep import scenes
 from data_prep.scenes import write_scenes
-from data_prep.sources import all_rows
 from pipeline.console import InputError
 from pipeline.evaluation.scenes import COLOURS, HELD_OUT, RELATIONS, SHAPES, read
 from tests import tiny
+from tests.data_prep.sources.helpers import rows as rows_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +22,7 @@ def pairs_of(folder):
 
 
 def captions(folder):
-    return [row.caption.decode().strip() for row in all_rows(folder)]
+    return [row.caption.decode().strip() for row in rows_of(folder)]
 
 
 def named(caption):
@@ -33,7 +33,7 @@ def named(caption):
 
 def test_pictures_show_what_their_captions_say(tmp_path):
     write_scenes(tmp_path / "s", 12, 48, seed=3, hold_out=False, two_objects=0.0)
-    rows = list(all_rows(tmp_path / "s"))
+    rows = rows_of(tmp_path / "s")
     assert [row.key for row in rows] == [f"00000/{i:08d}" for i in range(12)]
     for i, row in enumerate(rows):
         pixels = np.asarray(Image.open(tmp_path / "s" / "00000" / f"{i:08d}.png"))

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.sources import CAPTION_LIMIT, IMAGE_LIMIT, open_source, survey
+from data_prep.sources import CAPTION_LIMIT, IMAGE_LIMIT, open_source
 from pipeline.console import InputError
 from pipeline.data.places import Place
 from tests.data_prep.sources.helpers import fill, make_tar, problems, rows
@@ -152,9 +152,8 @@ def test_a_tree_without_end_is_cut(tmp_path):
 @pytest.mark.parametrize("path", ["missing", "missing.tar", "notes.txt", "a.tar.gz"])
 def test_a_missing_or_wrong_source_is_an_input_error(tmp_path, path):
     fill(tmp_path, notes_txt=b"c", **{"a.tar_gz": b""})
-    for look in (survey, rows):
-        with pytest.raises(InputError, match=path):
-            look(tmp_path / path)
+    with pytest.raises(InputError, match=path):
+        open_source(tmp_path / path)
 
 
 def test_archives_in_a_folder_are_read_in_place(tmp_path):
@@ -168,14 +167,10 @@ def test_archives_in_a_folder_are_read_in_place(tmp_path):
     assert {row.problem for row in found} == {None}
 
 
-def test_survey_sees_sizes_and_names_but_not_places(tmp_path):
-    for place in ("one", "two"):
-        fill(tmp_path / place, a_png=b"image", a_txt=b"c", sub__b_png=b"i")
-    size, digest = survey(tmp_path / "one")
-    assert size == 7 == sum(row.n_bytes for row in rows(tmp_path / "one"))
-    assert survey(tmp_path / "two") == (size, digest)
-    fill(tmp_path / "two", a_txt=b"cc")
-    assert survey(tmp_path / "two")[1] != digest
+def test_pieces_take_what_their_files_do(tmp_path):
+    fill(tmp_path, a_png=b"image", a_txt=b"c", sub__b_png=b"i")
+    (piece,) = open_source(tmp_path).pieces(10)
+    assert piece.n_bytes == 7 == sum(row.n_bytes for row in rows(tmp_path))
 
 
 def test_what_changed_since_the_listing_is_a_row_with_a_problem(tmp_path):

@@ -17,15 +17,17 @@ class Server:
         self.url, self.stop = url, stop
         self.request("PUT")
 
-    def request(self, method: str, key: str = "", data: bytes | None = None) -> None:
+    def request(
+        self, method: str, key: str = "", data: bytes | None = None, acl: str = "public-read"
+    ) -> None:
         url = f"{self.url}/bucket" + (f"/{quote(key)}" if key else "")
-        # urllib takes data for a form; all may read what lies here
-        headers = {"Content-Type": "image/jpeg", "x-amz-acl": "public-read"}
+        # urllib takes data for a form
+        headers = {"Content-Type": "image/jpeg", "x-amz-acl": acl}
         with urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method)):
             pass
 
-    def put(self, key: str, data: bytes) -> None:
-        self.request("PUT", key, data)
+    def put(self, key: str, data: bytes, acl: str = "public-read") -> None:
+        self.request("PUT", key, data, acl)
 
     def delete(self, key: str) -> None:
         self.request("DELETE", key)

@@ -70,13 +70,15 @@ def test_what_is_in_a_bucket(server):
     assert not path.exists()
 
 
-def test_a_bucket_for_everybody(server, monkeypatch):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
+def test_a_bucket_for_everybody(server):
     server.put("public/a.jpg", b"i")
+    server.put("public/b.jpg", b"i", acl="private")
     place = Place(f"{server.uri('public')}&anonymous=true")
     assert place.read("a.jpg") == b"i"
     assert place.parent.read("public/a.jpg") == b"i"
+    assert Place(server.uri("public")).read("b.jpg") == b"i"
+    with pytest.raises(InputError, match=r"b\.jpg: access denied"):  # the credentials stay at home
+        place.read("b.jpg")
 
 
 def test_files_are_listed_as_on_a_disk(server, tmp_path):
