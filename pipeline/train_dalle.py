@@ -7,6 +7,7 @@ python -m pipeline.train_dalle ...      without --deepspeed_config: one process,
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline import presets
 from pipeline.config import DalleRun
 from pipeline.console import InputError, command, logger
 from pipeline.data.loader import Batch, TokenLoader
+from pipeline.data.sets import BLOCK_HELP, MIX_HELP, Data
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.models.dalle import NO_TOKEN, Dalle, nll_sums, save_dalle
@@ -38,31 +40,39 @@ class DalleStage(loop.Stage[Batch]):
     def __init__(
         self,
         run: DalleRun,
-        data: str,
+        data: str | Sequence[str],
         tokenizer: str,
         *,
+        mix: Sequence[int] | None = None,
+        block_order: bool = False,
         recompute_activations: bool = False,
         attention: str | None = None,
     ) -> None:
         self.run: DalleRun = run
         self.recompute_activations = recompute_activations
         self.attention = attention
-        self.reader = ShardReader(data, "tokens")
+        self.data = Data("tokens", data, mix, block_order)
         self.tokenizer = Tokenizer(tokenizer)
         self._check()
-        self.train_side, self.val_side = (self.reader.split(s) for s in ("train", "val"))
 
     def _check(self) -> None:
         """The tokens and the tokenizer are those that the model is built for."""
-        model, made_of = self.run.model, self.reader.made_of
-        for what, there, here in (
-            ("a code grid of side", made_of["grid"], model.grid),
-            ("an image vocabulary of", made_of["n_vocab"], model.n_image_vocab),
-        ):
-            if there != here:
+        model, first = self.run.model, self.data.readers[0]
+        for reader in self.data.readers:
+            for what, there, here in (
+                ("a code grid of side", reader.made_of["grid"], model.grid),
+                ("an image vocabulary of", reader.made_of["n_vocab"], model.n_image_vocab),
+            ):
+                if there != here:
+                    raise InputError(
+                        f"{reader.folder} has {what} {there}, the preset's model {here}; "
+                        "encode with the dVAE that belongs to the preset, or take another preset"
+                    )
+            if reader.made_of["dvae"] != first.made_of["dvae"]:
                 raise InputError(
-                    f"{self.reader.folder} has {what} {there}, the preset's model {here}; "
-                    "encode with the dVAE that belongs to the preset, or take another preset"
+                    f"{first.folder} was made by dVAE {first.made_of['dvae']}, {reader.folder} by "
+                    f"{reader.made_of['dvae']}: their codes mean different things; encode all "
+                    "pictures with one dVAE"
                 )
         if self.tokenizer.n_vocab > model.n_text_vocab:
             raise InputError(
@@ -75,10 +85,10 @@ class DalleStage(loop.Stage[Batch]):
         return Dalle(self.run.model)
 
     def identity(self) -> dict[str, Any]:
-        """Captions and tokens, and what cut them."""
+        """Captions and tokens, their order, and what cut them."""
         return {
-            "tokens": self.reader.fingerprint,
-            "dvae": self.reader.made_of["dvae"],
+            **self.data.identity(),
+            "dvae": self.data.readers[0].made_of["dvae"],
             "tokenizer": self.tokenizer.fingerprint,
         }
 
@@ -94,15 +104,15 @@ class DalleStage(loop.Stage[Batch]):
         self._micro = engine.micro_batch
         share = {"rank": engine.rank, "world": engine.world, "n_text": run.model.n_text}
         self._train = TokenLoader(
-            self.reader, self.tokenizer, self.train_side,
-            batch=run.batch, seed=run.seed, dropout=run.bpe_dropout, **share,
+            self.data.train, self.tokenizer,
+            batch=run.batch, seed=run.seed, dropout=run.bpe_dropout, **self.data.order, **share,
         )  # fmt: skip
-        n = min(run.val_images, len(self.val_side))
+        n = min(run.val_images, sum(len(side) for _, side in self.data.val))
         self._val_batch = max(min(run.batch, n) // engine.world, 1) * engine.world
         self._val_images = max(n // self._val_batch, 1) * self._val_batch
         self._val = TokenLoader(
-            self.reader, self.tokenizer, self.val_side,
-            batch=self._val_batch, seed=None, dropout=0.0, **share,
+            self.data.val, self.tokenizer,
+            batch=self._val_batch, seed=None, dropout=0.0, weights=self.data.val_weights, **share,
         )  # fmt: skip
 
     def _check_attention(self, engine: Engine) -> None:
@@ -191,7 +201,9 @@ def main() -> None:
     """Train stage 2 from the command line."""
     parser = argparse.ArgumentParser(prog="pipeline.train_dalle", description=__doc__)
     parser.add_argument("--preset", required=True, help="dalle_demo .. dalle_12b, FILE.py:FUNCTION")
-    parser.add_argument("--data", required=True, help="token shards (data_prep.encode)")
+    parser.add_argument("--data", required=True, nargs="+", help="token sets (data_prep.encode)")
+    parser.add_argument("--mix", nargs="+", type=int, metavar="W", help=MIX_HELP)
+    parser.add_argument("--block-order", action="store_true", help=BLOCK_HELP)
     parser.add_argument("--tokenizer", required=True, help="folder of data_prep.train_tokenizer")
     parser.add_argument("--dvae", help="refuse to start unless this dVAE made the tokens")
     parser.add_argument("--out", required=True, type=Path)
@@ -213,11 +225,13 @@ def main() -> None:
         run,
         args.data,
         args.tokenizer,
+        mix=args.mix,
+        block_order=args.block_order,
         recompute_activations=recompute,
         attention=args.attention,
     )
     if args.dvae:
-        check_dvae(stage.reader, args.dvae)
+        check_dvae(stage.data.readers[0], args.dvae)
     engine = engines.make(stage.build, run, args.deepspeed_config)
     loop.train(stage, engine, args.out)
     engines.leave(engine)

@@ -7,6 +7,7 @@ DeepSpeed)
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pipeline.config import DvaeRun
 from pipeline.console import InputError, command, logger
 from pipeline.data.loader import PairLoader, sample_seed
 from pipeline.data.pictures import save_png, tile, to_uint8
-from pipeline.data.shards import ShardReader
+from pipeline.data.sets import BLOCK_HELP, MIX_HELP, Data
 from pipeline.models.dvae import DiscreteVAE, save_dvae
 from pipeline.training import engine as engines
 from pipeline.training import loop
@@ -36,18 +37,24 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
 
     name = "dvae"
 
-    def __init__(self, run: DvaeRun, data: str) -> None:
+    def __init__(
+        self,
+        run: DvaeRun,
+        data: str | Sequence[str],
+        *,
+        mix: Sequence[int] | None = None,
+        block_order: bool = False,
+    ) -> None:
         self.run: DvaeRun = run
-        self.reader = ShardReader(data, "pairs")
-        self.train_side, self.val_side = (self.reader.split(s) for s in ("train", "val"))
+        self.data = Data("pairs", data, mix, block_order)
 
     def build(self) -> DiscreteVAE:
         """A fresh model."""
         return DiscreteVAE(self.run.model)
 
     def identity(self) -> dict[str, Any]:
-        """The pictures."""
-        return {"pairs": self.reader.fingerprint}
+        """The pictures and their order."""
+        return self.data.identity()
 
     def prepare(self, engine: Engine) -> None:
         """Loaders of this rank."""
@@ -58,13 +65,13 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
         run, size = self.run, self.run.model.image_size
         share = {"rank": engine.rank, "world": engine.world, "size": size}
         self._train = PairLoader(
-            self.reader, self.train_side, batch=run.batch, seed=run.seed, **share
+            self.data.train, batch=run.batch, seed=run.seed, **self.data.order, **share
         )
-        n = min(run.val_images, len(self.val_side))
+        n = min(run.val_images, sum(len(side) for _, side in self.data.val))
         self._val_batch = max(min(run.batch, n) // engine.world, 1) * engine.world
         self._val_images = max(n // self._val_batch, 1) * self._val_batch
         self._val = PairLoader(
-            self.reader, self.val_side, batch=self._val_batch, seed=None, **share
+            self.data.val, batch=self._val_batch, seed=None, weights=self.data.val_weights, **share
         )
 
     def micro_batches(self, position: int) -> list[tuple[Tensor, list[int]]]:
@@ -132,9 +139,10 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
         sums = torch.zeros(4, device=engine.device)
         used = torch.zeros(n_vocab, device=engine.device)
         for position in range(0, self._val_images, self._val_batch):
-            images, ids = self._val.batch_at(position)
+            images, _ = self._val.batch_at(position)
             images = images.to(engine.device)
-            noise = self.noise([int(i) for i in ids], engine.device)
+            positions = range(position + engine.rank, position + self._val_batch, engine.world)
+            noise = self.noise(list(positions), engine.device)
             relaxed = engine.model(images, noise, at(run.tau, step))
             hard = engine.model(images)
             terms = (relaxed["nll_B"], hard["nll_B"], hard["kl_B"], hard["error_B"])
@@ -164,9 +172,10 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
         dvae = DiscreteVAE(self.run.model)
         dvae.load_state_dict(state)
         fingerprint = save_dvae(out, dvae, self.identity())
+        n = min(SHOWN, sum(len(side) for _, side in self.data.val))
         loader = PairLoader(
-            self.reader, self.val_side, batch=min(SHOWN, len(self.val_side)), rank=0, world=1,
-            size=self.run.model.image_size, seed=None,
+            self.data.val, batch=n, rank=0, world=1, seed=None, weights=self.data.val_weights,
+            size=self.run.model.image_size,
         )  # fmt: skip
         images, _ = loader.batch_at(0)
         with torch.no_grad():
@@ -188,7 +197,9 @@ def main() -> None:
     """Train stage 1 from the command line."""
     parser = argparse.ArgumentParser(prog="pipeline.train_dvae", description=__doc__)
     parser.add_argument("--preset", required=True, help="dvae_demo, dvae_paper or FILE.py:FUNCTION")
-    parser.add_argument("--data", required=True, help="pair shards (data_prep.ingest)")
+    parser.add_argument("--data", required=True, nargs="+", help="pair sets (data_prep.ingest)")
+    parser.add_argument("--mix", nargs="+", type=int, metavar="W", help=MIX_HELP)
+    parser.add_argument("--block-order", action="store_true", help=BLOCK_HELP)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--deepspeed_config", help="JSON of ds_configs/; without: plain PyTorch")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
@@ -196,7 +207,7 @@ def main() -> None:
     run = presets.load(args.preset)
     if not isinstance(run, DvaeRun):
         raise InputError(f"{args.preset} trains the transformer; stage 1 takes a dvae preset")
-    stage = DvaeStage(run, args.data)
+    stage = DvaeStage(run, args.data, mix=args.mix, block_order=args.block_order)
     engine = engines.make(stage.build, run, args.deepspeed_config)
     loop.train(stage, engine, args.out)
     engines.leave(engine)

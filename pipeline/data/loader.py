@@ -1,17 +1,17 @@
-"""Batches of one rank, as a function of a position in an endless stream of samples.
+"""Batches of one rank, as a function of a position in an endless stream of samples (``stream``).
 
-The only state of a loader is the position, which counts samples that all ranks have consumed
-together: a batch at position p holds the samples at p..p+batch-1, rank r of w takes p+r, p+r+w, ...
-So a run may stop anywhere and go on with any number of ranks and any batch; every epoch shows each
-sample once. What is random about a sample hangs on (seed, epoch, id) alone.
+What is random about a sample hangs on (seed, epoch, row) alone, so a batch is the same whatever was
+read before it, by how many ranks and threads.
 
 Legend: B samples of this rank, Y X code grid; image_BCYX has C = 3 colours, Y X pixels.
 """
 
 import contextlib
+import os
 import queue
 import threading
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, TypeVar
@@ -22,13 +22,15 @@ from torch import Tensor
 
 from pipeline.console import InputError
 from pipeline.data.images import Pixels, augment_dvae, centre_crop
-from pipeline.data.order import Order
-from pipeline.data.shards import ShardReader, Side
+from pipeline.data.order import keyed, mix
+from pipeline.data.sets import Sets
+from pipeline.data.stream import Stream, seed_of
 from pipeline.data.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 CACHE_BYTES = 1 << 30
+DECODERS = 8  # threads, at most
 
 
 def sample_seed(seed: int, epoch: int, sample: int) -> int:
@@ -37,69 +39,73 @@ def sample_seed(seed: int, epoch: int, sample: int) -> int:
     return int.from_bytes(digest, "little")
 
 
+def crop_of(seed: int, epochs: np.ndarray, rows: np.ndarray, n_crops: int) -> np.ndarray:
+    """Which of its crops each row shows in an epoch, int64 [n]: each once in ``n_crops`` epochs."""
+    drawn = mix(rows.astype(np.uint64), keyed(seed, "crop")) % np.uint64(n_crops)
+    return (epochs + drawn.astype(np.int64)) % n_crops
+
+
+class _Rows:
+    """The rows of several sets that this rank takes at a position."""
+
+    def __init__(self, sets: Sets, stream: dict[str, Any]) -> None:
+        self.readers, self._sides = [reader for reader, _ in sets], [side for _, side in sets]
+        self.stream = Stream([len(side) for side in self._sides], **stream)
+        seed = self.stream.seed
+        self.seeds = [None if seed is None else seed_of(seed, k) for k in range(len(sets))]
+
+    def at(self, position: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sets, their rows and epochs, each int64 [batch // world]."""
+        sets, samples, epochs = self.stream.at(position)
+        rows = np.empty_like(samples)
+        for k, here in self.by_set(sets):
+            rows[here] = self._sides[k].rows(samples[here])
+        return sets, rows, epochs
+
+    @staticmethod
+    def by_set(sets: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Each set that occurs, and where."""
+        for k in np.unique(sets).tolist():
+            yield k, np.flatnonzero(sets == k)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Samples of one rank.
 
     ``text_tokens`` int64 [B, n_text], -1 where the caption has ended; ``image_tokens`` int64
-    [B, n_image] in raster order; ``ids`` rows of the shard set, int64 [B]; ``is_cut`` bool
-    [B], captions that were longer than the text.
+    [B, n_image] in raster order; ``sets`` and ``ids``, number of the shard set and row in it, int64
+    [B]; ``is_cut`` bool [B], captions that were longer than the text.
     """
 
     text_tokens: Tensor
     image_tokens: Tensor
+    sets: np.ndarray
     ids: np.ndarray
     is_cut: Tensor
 
     def __getitem__(self, part: slice) -> "Batch":
         """Some of the samples."""
         return Batch(
-            self.text_tokens[part], self.image_tokens[part], self.ids[part], self.is_cut[part]
+            self.text_tokens[part],
+            self.image_tokens[part],
+            self.sets[part],
+            self.ids[part],
+            self.is_cut[part],
         )
-
-
-class _Positions:
-    """Which rows this rank takes at a position, and in which epoch each of them is.
-
-    Without a seed the rows come in the order of the side, epoch after epoch.
-    """
-
-    def __init__(self, side: Side, batch: int, rank: int, world: int, seed: int | None) -> None:
-        if not (0 <= rank < world):
-            raise InputError(f"rank {rank} is outside 0..{world - 1}")
-        if batch < 1 or batch % world:
-            raise InputError(
-                f"a batch of {batch} does not divide over {world} ranks: take a multiple of {world}"
-            )
-        self.side = side
-        self.batch, self.rank, self.world, self.seed = batch, rank, world, seed
-        self._order = None if seed is None else Order(len(side), seed)
-
-    def at(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row ids and epochs, both int64 [batch // world]."""
-        if position < 0:
-            raise InputError(f"position {position} is negative")
-        places = np.arange(position, position + self.batch)
-        if self._order is None:
-            samples = places % len(self.side)
-        else:
-            samples = self._order.samples(position, position + self.batch)
-        mine = slice(self.rank, None, self.world)
-        return self.side.rows(samples[mine]), places[mine] // len(self.side)
 
 
 class TokenLoader:
     """Captions and image tokens, for the transformer.
 
     Args:
-        reader: a token set with one crop an image.
+        sets: one token set or several of one code grid, and the side of each that is read.
         tokenizer: captions are tokenised when they are loaded.
-        side: of the set.
-        batch: samples of all ranks together, a multiple of ``world``.
-        rank, world: which of how many processes this is.
         n_text: text positions of the model; captions are cut at n_text - 1 tokens.
-        seed: of the order and of the dropout; None takes the rows in order, as validation does.
         dropout: of byte pairs, in [0, 1].
+        stream: what else ``Stream`` takes: batch, rank, world, seed, and weights and block.
+            The seed is that of order, dropout and choice of crops; without one the rows come in
+            order and show their first crop, as validation does.
 
     Raises:
         InputError: no samples, a batch that does not divide, dropout without a seed, another
@@ -107,125 +113,144 @@ class TokenLoader:
     """
 
     def __init__(
-        self,
-        reader: ShardReader,
-        tokenizer: Tokenizer,
-        side: Side,
-        *,
-        batch: int,
-        rank: int,
-        world: int,
-        n_text: int,
-        seed: int | None,
-        dropout: float,
+        self, sets: Sets, tokenizer: Tokenizer, *, n_text: int, dropout: float, **stream: Any
     ) -> None:
-        if reader.kind != "tokens" or reader.made_of["crops"] != 1:
+        for reader, _ in sets:
+            if reader.kind != "tokens":
+                raise InputError(
+                    f"{reader.folder} is a set of {reader.kind}, the transformer reads tokens: run "
+                    "data_prep.encode"
+                )
+        if len({reader.made_of["grid"] for reader, _ in sets}) > 1:
             raise InputError(
-                f"{reader.folder} is a set of {reader.kind} with {reader.made_of.get('crops', 0)} "
-                "crops an image; the transformer reads tokens with 1: run data_prep.encode"
+                "sets of different code grids: "
+                + ", ".join(f"{r.folder} has {r.made_of['grid']} a side" for r, _ in sets)
             )
-        if dropout and seed is None:
+        self._rows = _Rows(sets, stream)
+        if dropout and self._rows.stream.seed is None:
             raise InputError(f"dropout {dropout} without a seed: validation takes 0")
-        self.reader, self.tokenizer = reader, tokenizer
+        self.tokenizer = tokenizer
         self.n_text, self.dropout = n_text, dropout
-        self._positions = _Positions(side, batch, rank, world, seed)
 
     def batch_at(self, position: int) -> Batch:
         """This rank's part of the batch that begins at ``position``, a count of samples."""
-        ids, epochs = self._positions.at(position)
-        image_tokens = self.reader.image_tokens(ids)
-        n_vocab = self.reader.made_of["n_vocab"]
-        if (largest := int(image_tokens.max())) >= n_vocab:
-            key = self.reader.keys(ids)[int(image_tokens.max(axis=1).argmax())]
-            raise InputError(
-                f"{self.reader.folder}: row {key!r} holds image token {largest}, the vocabulary is "
-                f"0..{n_vocab - 1}: data_prep.verify finds the damaged shard"
-            )
-        text_tokens = np.empty((len(ids), self.n_text), np.int64)
-        is_cut = np.empty(len(ids), np.bool_)
-        for i, caption in enumerate(self.reader.captions(ids)):
-            text_tokens[i], is_cut[i] = self.tokenizer.pad(
-                self._encode(caption, int(epochs[i]), int(ids[i])), self.n_text
-            )
+        sets, ids, epochs = self._rows.at(position)
+        n_image = self._rows.readers[0].made_of["grid"] ** 2
+        image_tokens = np.empty((len(ids), n_image), np.int64)
+        captions = [""] * len(ids)
+        for k, here in self._rows.by_set(sets):
+            image_tokens[here] = self._image_tokens(k, ids[here], epochs[here])
+            texts = self._rows.readers[k].captions(ids[here])
+            for i, caption in zip(here.tolist(), texts, strict=True):
+                captions[i] = caption
+        text_tokens, is_cut = self._text_tokens(captions, sets, ids, epochs)
         return Batch(
             torch.from_numpy(text_tokens),
-            torch.from_numpy(image_tokens.astype(np.int64)),
+            torch.from_numpy(image_tokens),
+            sets,
             ids,
             torch.from_numpy(is_cut),
         )
 
-    def _encode(self, caption: str, epoch: int, sample: int) -> list[int]:
-        seed = self._positions.seed
-        if not self.dropout or seed is None:
-            return self.tokenizer.encode(caption)
-        return self.tokenizer.encode(
-            caption, dropout=self.dropout, seed=sample_seed(seed, epoch, sample)
-        )
+    def _image_tokens(self, k: int, ids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """Codes of rows of set ``k``, each of the crop of its epoch: uint16 [n, n_image]."""
+        reader, seed = self._rows.readers[k], self._rows.seeds[k]
+        n_crops, n_vocab = reader.made_of["crops"], reader.made_of["n_vocab"]
+        crops = None
+        if n_crops > 1:
+            first = np.zeros(len(ids), np.int64)
+            crops = first if seed is None else crop_of(seed, epochs, ids, n_crops)
+        image_tokens = reader.image_tokens(ids, crops)
+        if (largest := int(image_tokens.max())) >= n_vocab:
+            key = reader.keys(ids)[int(image_tokens.max(axis=1).argmax())]
+            raise InputError(
+                f"{reader.folder}: row {key!r} holds image token {largest}, the vocabulary is "
+                f"0..{n_vocab - 1}: data_prep.verify finds the damaged shard"
+            )
+        return image_tokens
+
+    def _text_tokens(
+        self, captions: list[str], sets: np.ndarray, ids: np.ndarray, epochs: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the captions of a batch, int64 [B, n_text], and which of them were cut."""
+        text_tokens = np.empty((len(ids), self.n_text), np.int64)
+        is_cut = np.empty(len(ids), np.bool_)
+        numbers = zip(sets.tolist(), ids.tolist(), epochs.tolist(), strict=True)
+        for i, (k, sample, epoch) in enumerate(numbers):
+            seed = self._rows.seeds[k]
+            if self.dropout and seed is not None:
+                drawn = sample_seed(seed, epoch, sample)
+                tokens = self.tokenizer.encode(captions[i], dropout=self.dropout, seed=drawn)
+            else:
+                tokens = self.tokenizer.encode(captions[i])
+            text_tokens[i], is_cut[i] = self.tokenizer.pad(tokens, self.n_text)
+        return text_tokens, is_cut
 
 
 class PairLoader:
     """Pictures, for the image tokenizer.
 
     Args:
-        reader: a pair set.
-        side, batch, rank, world: as for ``TokenLoader``.
+        sets: one pair set or several, and the side of each that is read.
         size: pixels a side of what is returned.
-        seed: of the order and of the crops (``augment_dvae``); None takes the rows in order and the
-            middle of each picture, as validation does.
         cache_bytes: decoded pictures are kept in memory up to this size, first come first kept.
+        stream: as for ``TokenLoader``; the seed is that of order and crops (``augment_dvae``);
+            without one the rows come in order, and of each picture the middle, as validation does.
 
     Raises:
         InputError: no samples, a batch that does not divide, another kind of set, or (``batch_at``)
-            a picture that cannot be decoded or is smaller than ``size``; it names the key.
+            a picture that cannot be read or is smaller than ``size``; it names the key.
     """
 
     def __init__(
-        self,
-        reader: ShardReader,
-        side: Side,
-        *,
-        batch: int,
-        rank: int,
-        world: int,
-        size: int,
-        seed: int | None,
-        cache_bytes: int = CACHE_BYTES,
+        self, sets: Sets, *, size: int, cache_bytes: int = CACHE_BYTES, **stream: Any
     ) -> None:
-        if reader.kind != "pairs":
-            raise InputError(f"{reader.folder} is a set of {reader.kind}, pictures come from pairs")
-        self.reader, self.size = reader, size
-        self._positions = _Positions(side, batch, rank, world, seed)
-        self._cache: dict[int, Pixels] = {}
+        for reader, _ in sets:
+            if reader.kind != "pairs":
+                raise InputError(
+                    f"{reader.folder} is a set of {reader.kind}, pictures come from pairs"
+                )
+        self._rows, self.size = _Rows(sets, stream), size
+        self._cache: dict[tuple[int, int], Pixels] = {}
         self._cache_left = cache_bytes
+        self._cache_lock = threading.Lock()
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._pool = ThreadPoolExecutor(max(1, min(cores, DECODERS)), "decode")
 
     def batch_at(self, position: int) -> tuple[Tensor, np.ndarray]:
         """This rank's part of the batch at ``position``: image_BCYX in [0, 1], float32, and ids."""
-        ids, epochs = self._positions.at(position)
+        sets, ids, epochs = self._rows.at(position)
         image_BYXC = np.empty((len(ids), self.size, self.size, 3), np.uint8)
-        for i, (sample, epoch) in enumerate(zip(ids.tolist(), epochs.tolist(), strict=True)):
-            try:
-                image_BYXC[i] = self._crop(self._decoded(sample), epoch, sample)
-            except InputError as error:
-                key = self.reader.keys(np.array([sample]))[0]
-                raise InputError(f"{self.reader.folder}: picture {key!r}: {error}") from error
+        samples = (sets.tolist(), ids.tolist(), epochs.tolist())
+        for i, crop in enumerate(self._pool.map(self._crop, *samples)):
+            image_BYXC[i] = crop
         image_BCYX = torch.from_numpy(image_BYXC).permute(0, 3, 1, 2)
         return image_BCYX.to(torch.float32, memory_format=torch.contiguous_format) / 255, ids
 
-    def _decoded(self, sample: int) -> Pixels:
-        if sample in self._cache:
-            return self._cache[sample]
-        pixels = self.reader.decode(self.reader.images(np.array([sample]))[0], self.size)
-        if pixels.nbytes <= self._cache_left:
-            self._cache_left -= pixels.nbytes
-            self._cache[sample] = pixels
-        return pixels
+    def _crop(self, k: int, sample: int, epoch: int) -> Pixels:
+        """One crop, in a thread of the pool."""
+        reader, seed = self._rows.readers[k], self._rows.seeds[k]
+        try:
+            pixels = self._decoded(k, sample)
+            if seed is None:
+                return centre_crop(pixels, self.size)
+            rng = np.random.default_rng(sample_seed(seed, epoch, sample))
+            return augment_dvae(pixels, self.size, rng)
+        except InputError as error:
+            key = reader.keys(np.array([sample]))[0]
+            raise InputError(f"{reader.folder}: picture {key!r}: {error}") from error
 
-    def _crop(self, pixels: Pixels, epoch: int, sample: int) -> Pixels:
-        seed = self._positions.seed
-        if seed is None:
-            return centre_crop(pixels, self.size)
-        rng = np.random.default_rng(sample_seed(seed, epoch, sample))
-        return augment_dvae(pixels, self.size, rng)
+    def _decoded(self, k: int, sample: int) -> Pixels:
+        with self._cache_lock:
+            if (k, sample) in self._cache:
+                return self._cache[k, sample]
+        reader = self._rows.readers[k]
+        pixels = reader.decode(reader.images(np.array([sample]))[0], self.size)
+        with self._cache_lock:
+            if pixels.nbytes <= self._cache_left and (k, sample) not in self._cache:
+                self._cache_left -= pixels.nbytes
+                self._cache[k, sample] = pixels
+        return pixels
 
 
 def prefetch(iterator: Iterator[T], depth: int = 2) -> Generator[T, None, None]:

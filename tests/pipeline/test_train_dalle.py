@@ -23,12 +23,12 @@ pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 CPU_CONFIG = runs.ROOT / "ds_configs/zero3_cpu.json"
 
 
-def random_tokens(folder, grid, n_vocab, rows=40, val=None):
+def random_tokens(folder, grid, n_vocab, rows=40, val=None, dvae="random"):
     """A token set of random codes whose captions have one to seven words."""
     rng = np.random.default_rng(0)
     if val is None:
         val = [i for i in range(rows) if split_of(f"k{i}", 0.2) == "val"]
-    made_of = {"grid": grid, "n_vocab": n_vocab, "crops": 1, "dvae": "random"}
+    made_of = {"grid": grid, "n_vocab": n_vocab, "crops": 1, "dvae": dvae}
     with ShardWriter(folder, "tokens", made_of) as writer:
         for i in range(rows):
             caption = " ".join(rng.choice(["a", "small", "green", "circle"], 1 + i * 5 % 7))
@@ -155,7 +155,9 @@ def test_training_exports_the_averaged_weights_and_what_they_were_made_of(tiny, 
         assert torch.equal(model.state_dict()[name], value)
     assert not torch.equal(engine.gather("ema")["norm.gain"], engine.gather("weight")["norm.gain"])
     assert made_of == {
-        "tokens": ShardReader(tiny.tokens).fingerprint,
+        "tokens": [ShardReader(tiny.tokens).fingerprint],
+        "weights": None,
+        "block": 0,
         "dvae": load_dvae(tiny.dvae)[1],
         "tokenizer": Tokenizer(tiny.tokenizer).fingerprint,
         "updates": 5,
@@ -173,6 +175,38 @@ def test_the_command_trains(tiny, tmp_path, monkeypatch):
     call(monkeypatch, *arguments("dalle", tiny, tmp_path / "out", "dalle", dvae=tiny.dvae))
     assert len(losses(tmp_path / "out")) == runs.STEPS
     load_dalle(tmp_path / "out")
+
+
+@pytest.fixture
+def second(tmp_path):
+    """A set of random codes of the same vocabulary, said to be of no dVAE."""
+    return random_tokens(tmp_path / "second", runs.GRID, runs.N_CODES)
+
+
+def test_the_command_trains_on_several_sets(tiny, second, tmp_path, monkeypatch):
+    dvae = load_dvae(tiny.dvae)[1]
+    third = random_tokens(tmp_path / "third", runs.GRID, runs.N_CODES, dvae=dvae)
+    words = arguments("dalle", tiny, tmp_path / "out", "dalle", dvae=tiny.dvae)
+    call(monkeypatch, *words, "--data", tiny.tokens, third, "--mix", 3, 1, "--block-order")
+    assert len(losses(tmp_path / "out")) == runs.STEPS
+    _, made_of, _ = load_dalle(tmp_path / "out")
+    assert made_of["tokens"] == [ShardReader(f).fingerprint for f in (tiny.tokens, third)]
+    assert made_of["weights"] == [3, 1]
+    assert made_of["block"] == 2048
+    # another mix is another run
+    with pytest.raises(InputError, match="weights"):
+        call(monkeypatch, *words, "--data", tiny.tokens, third, "--mix", 1, 1, "--block-order")
+    with pytest.raises(InputError, match=r"was made by dVAE .*, .*second by random: their codes"):
+        call(monkeypatch, *words, "--data", tiny.tokens, second)
+
+
+def test_a_mix_that_does_not_fit_is_refused(tiny, second, tmp_path, monkeypatch):
+    words = arguments("dalle", tiny, tmp_path / "out", "dalle")
+    with pytest.raises(InputError, match=r"the weights \[1, 2\] of 1 sets"):
+        call(monkeypatch, *words, "--mix", 1, 2)
+    with pytest.raises(InputError, match=r"the weights \[0, 2\] of 2 sets"):
+        call(monkeypatch, *words, "--data", second, second, "--mix", 0, 2)
+    assert not (tmp_path / "out").exists()
 
 
 def other_run(tmp_path, **model):

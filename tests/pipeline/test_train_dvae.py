@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 import sys
 
@@ -73,7 +74,8 @@ def test_reconstructions_stand_under_their_originals(tiny, trained):
         sheet = np.asarray(picture)
     size, stage = runs.IMAGE_SIZE, stage_of(tiny)
     assert sheet.shape == (2 * (size + GAP) - GAP, 8 * (size + GAP) - GAP, 3)
-    pixels = decode_image(stage.reader[stage.val_side.rows(np.array([0]))[0]]["image"])
+    ((reader, side),) = stage.data.val
+    pixels = decode_image(reader[side.rows(np.array([0]))[0]]["image"])
     np.testing.assert_array_equal(sheet[:size, :size], centre_crop(pixels, size))
     dvae, _ = load_dvae(out)
     original_BCYX = torch.from_numpy(centre_crop(pixels, size)).permute(2, 0, 1)[None] / 255
@@ -152,6 +154,16 @@ def call(monkeypatch, *words):
 def test_the_command_trains(tiny, tmp_path, monkeypatch):
     call(monkeypatch, *arguments("dvae", tiny, tmp_path / "out", "dvae"))
     assert len(losses(tmp_path / "out")) == runs.STEPS
+
+
+def test_the_command_trains_on_several_sets(tiny, tmp_path, monkeypatch):
+    words = arguments("dvae", tiny, tmp_path / "out", "dvae")
+    call(monkeypatch, *words, "--data", tiny.pairs, tiny.pairs, "--mix", 2, 1, "--block-order")
+    assert len(losses(tmp_path / "out")) == runs.STEPS
+    made_of = json.loads((tmp_path / "out/model.json").read_text())["made_of"]
+    assert made_of["pairs"] == [ShardReader(tiny.pairs).fingerprint] * 2
+    assert made_of["weights"] == [2, 1]
+    assert made_of["block"] == 2048
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
 import io
+import json
+import os
 import threading
 
 import numpy as np
@@ -9,10 +11,11 @@ from PIL import Image
 from data_prep.train_tokenizer import NORMALIZER, train
 from pipeline.console import InputError
 from pipeline.data.images import augment_dvae, centre_crop
-from pipeline.data.loader import PairLoader, TokenLoader, prefetch, sample_seed
+from pipeline.data.loader import PairLoader, TokenLoader, crop_of, prefetch, sample_seed
 from pipeline.data.shards import ShardReader, ShardWriter, Side, image_sha
+from pipeline.data.stream import seed_of
 from pipeline.data.tokenizer import save_tokenizer
-from tests.pipeline.data.helpers import PAIRS, pair_row
+from tests.pipeline.data.helpers import PAIRS, pair_row, refer, write
 
 N_ROWS = 1100
 BATCH = 12
@@ -23,14 +26,17 @@ def caption_of(i):
     return f"a circle beside {i} red squares"
 
 
+def token_row(i, crops=1):
+    """Row i: of its crops, crop c has the codes i, c, 1, i."""
+    tokens = np.array([[i, c, 1, i] for c in range(crops)], np.uint16).ravel()
+    row = {"key": f"k{i}", "caption": caption_of(i), "image_sha": image_sha(b"")}
+    return row | {"image_tokens": tokens, "crops": np.zeros(4 * crops, np.float32)}
+
+
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
-    with ShardWriter(folder, "tokens", MADE_OF, rows_per_shard=300) as writer:
-        for i in range(N_ROWS):
-            row = {"key": f"k{i}", "caption": caption_of(i), "image_sha": image_sha(b"")}
-            tokens = np.array([i, 0, 1, i], np.uint16)
-            writer.add(row | {"image_tokens": tokens, "crops": np.zeros(4, np.float32)})
+    write(folder, "tokens", map(token_row, range(N_ROWS)), 300, MADE_OF)
     return ShardReader(folder)
 
 
@@ -48,7 +54,7 @@ def side_of(rows):
 def token_loader(reader, tokenizer, indices=None, **changes):
     side = side_of(np.arange(N_ROWS) if indices is None else indices)
     options = {"batch": BATCH, "rank": 0, "world": 1, "n_text": 24, "seed": 3, "dropout": 0.1}
-    return TokenLoader(reader, tokenizer, side, **(options | changes))
+    return TokenLoader([(reader, side)], tokenizer, **(options | changes))
 
 
 def global_batch(make, position, batch, world):
@@ -96,6 +102,99 @@ def test_text_and_image_do_not_depend_on_ranks_batches_or_where_a_run_resumed(re
     assert sum(texts[0][i] != texts[1][i] for i in range(50, 150)) > 50
 
 
+K = 3
+
+
+@pytest.fixture(scope="module")
+def crop_reader(tmp_path_factory):
+    """A second set, of three crops an image."""
+    folder = tmp_path_factory.mktemp("crops")
+    rows = (token_row(i, K) for i in range(90))
+    write(folder, "tokens", rows, 40, MADE_OF | {"crops": K}, val=range(80, 90))
+    return ShardReader(folder)
+
+
+def test_as_many_epochs_as_crops_show_each_crop_of_each_image_once(crop_reader, tokenizer):
+    side = crop_reader.split("train")
+    n = len(side)
+    assert n == 80
+    shown = {}
+    for rank in range(2):
+        options = {"n_text": 24, "dropout": 0.0, "batch": 8, "rank": rank, "world": 2, "seed": 3}
+        loader = TokenLoader([(crop_reader, side)], tokenizer, **options)
+        for position in range(0, 2 * K * n, 8):
+            batch = loader.batch_at(position)
+            for row, codes in zip(batch.ids.tolist(), batch.image_tokens.tolist(), strict=True):
+                assert [codes[0], *codes[2:]] == [row, 1, row]
+                shown.setdefault((row, position // n // K), []).append(codes[1])
+    assert len(shown) == 2 * n
+    assert all(sorted(crops) == list(range(K)) for crops in shown.values())
+    # not all of them begin with the same one
+    firsts = [crops[0] for crops in shown.values()]
+    assert min(firsts.count(c) for c in range(K)) > n // 5
+
+
+def test_the_crop_of_a_sample_hangs_on_seed_epoch_and_row_alone():
+    rows, epochs = np.arange(3000), np.arange(3000) % 4
+    crops = crop_of(7, epochs, rows, 5)
+    assert [int(crop_of(7, epochs[i : i + 1], rows[i : i + 1], 5)[0]) for i in range(20)] == (
+        crops[:20].tolist()
+    )
+    assert set(crops.tolist()) == set(range(5))
+    assert (crops != crop_of(8, epochs, rows, 5)).mean() > 0.7
+    # a golden value: a run that resumes must not show other crops
+    assert crop_of(0, np.zeros(8, int), np.arange(8), 4).tolist() == [3, 0, 2, 0, 3, 2, 2, 0]
+
+
+def test_validation_shows_the_first_crop(crop_reader, tokenizer):
+    sets = [(crop_reader, crop_reader.split("val"))]
+    options = {"n_text": 24, "dropout": 0.0, "batch": 10, "rank": 0, "world": 1, "seed": None}
+    batch = TokenLoader(sets, tokenizer, **options).batch_at(0)
+    assert batch.image_tokens[:, 1].tolist() == [0] * 10
+
+
+@pytest.mark.parametrize("weights", [None, [2, 1]], ids=["joined", "mixed"])
+def test_several_sets_give_their_own_rows_whatever_ranks_and_batches(
+    reader, crop_reader, tokenizer, weights
+):
+    sets = [(reader, side_of(np.arange(40))), (crop_reader, crop_reader.split("train"))]
+
+    def rows_of(position, batch, world):
+        found = [None] * batch
+        for rank in range(world):
+            options = {"batch": batch, "rank": rank, "world": world, "weights": weights}
+            loader = TokenLoader(sets, tokenizer, n_text=24, dropout=0.1, seed=3, **options)
+            part = loader.batch_at(position)
+            for i, (k, row) in enumerate(zip(part.sets.tolist(), part.ids.tolist(), strict=True)):
+                codes, text = part.image_tokens[i].tolist(), part.text_tokens[i].tolist()
+                number = codes[0]
+                assert sets[k][0].keys(np.array([row])) == [f"k{number}"]
+                assert tokenizer.decode(text) == caption_of(number)
+                found[rank + i * world] = (k, row, tuple(codes), tuple(text))
+        return found
+
+    whole = [row for p in range(0, 480, 24) for row in rows_of(p, 24, 1)]
+    for position, batch, world in [(0, 48, 4), (48, 24, 3), (72, 72, 2), (144, 96, 16)]:
+        assert rows_of(position, batch, world) == whole[position : position + batch]
+    if weights is None:
+        # an epoch of 120 shows each row of both sets once
+        for epoch in range(4):
+            rows = {(k, row) for k, row, *_ in whole[120 * epoch : 120 * epoch + 120]}
+            assert len(rows) == 120
+    else:
+        assert sum(k == 0 for k, *_ in whole) == 320
+        # eight epochs of the first set, two of the second
+        shown = [(k, row) for k, row, *_ in whole]
+        assert {shown.count(which) for which in shown if which[0] == 0} == {8}
+        assert {shown.count(which) for which in shown if which[0] == 1} == {2}
+    # each set draws for itself
+    _, row, _, text = next(found for found in whole if found[0] == 1)
+    seed = sample_seed(seed_of(3, 1), 0, row)
+    (caption,) = crop_reader.captions(np.array([row]))
+    ids = tokenizer.encode(caption, dropout=0.1, seed=seed)
+    assert list(text[: len(ids)]) == ids
+
+
 def test_text_is_the_caption_and_ends_in_pads(reader, tokenizer):
     batch = token_loader(reader, tokenizer).batch_at(24)
     assert batch.text_tokens.dtype == batch.image_tokens.dtype == torch.int64
@@ -140,7 +239,7 @@ def test_impossible_loaders_are_named(reader, tokenizer):
         ({"world": 5}, "a batch of 12 does not divide over 5 ranks"),
         ({"batch": 0}, "a batch of 0"),
         ({"rank": 2, "world": 2}, r"rank 2 is outside 0\.\.1"),
-        ({"indices": np.empty(0, np.int64)}, "0 samples"),
+        ({"indices": np.empty(0, np.int64)}, r"sets of \[0\] samples"),
         ({"seed": None}, "dropout 0.1 without a seed"),
     ]:
         with pytest.raises(InputError, match=words):
@@ -148,17 +247,18 @@ def test_impossible_loaders_are_named(reader, tokenizer):
     with pytest.raises(InputError, match="position -12"):
         token_loader(reader, tokenizer).batch_at(-12)
     with pytest.raises(InputError, match="pictures come from pairs"):
-        PairLoader(reader, side_of(np.arange(3)), batch=1, rank=0, world=1, size=8, seed=0)
+        pair_loader(reader, np.arange(3))
 
 
-def test_sets_that_a_loader_cannot_read_are_named(tokenizer, tmp_path, pair_reader):
-    made_of = MADE_OF | {"crops": 2}
-    with ShardWriter(tmp_path, "tokens", made_of):
-        pass
-    with pytest.raises(InputError, match="tokens with 2 crops"):
-        token_loader(ShardReader(tmp_path), tokenizer, np.arange(1))
+def test_sets_that_a_loader_cannot_read_are_named(reader, tokenizer, tmp_path, pair_reader):
     with pytest.raises(InputError, match="is a set of pairs"):
         token_loader(pair_reader, tokenizer, np.arange(1))
+    rows = [token_row(0) | {"image_tokens": np.zeros(9, np.uint16)}]
+    write(tmp_path, "tokens", rows, made_of=MADE_OF | {"grid": 3})
+    other = ShardReader(tmp_path)
+    sets = [(reader, reader.split("train")), (other, other.split("train"))]
+    with pytest.raises(InputError, match=r"different code grids: .* has 2 a side, .* has 3 a"):
+        TokenLoader(sets, tokenizer, n_text=24, dropout=0, batch=1, rank=0, world=1, seed=0)
 
 
 def test_an_image_token_outside_the_vocabulary_is_named(reader, tokenizer, monkeypatch):
@@ -192,7 +292,7 @@ def pair_reader(tmp_path_factory):
 def pair_loader(reader, indices=None, **changes):
     side = side_of(np.arange(20) if indices is None else indices)
     options = {"batch": 6, "rank": 0, "world": 1, "size": SIZE, "seed": 5}
-    return PairLoader(reader, side, **(options | changes))
+    return PairLoader([(reader, side)], **(options | changes))
 
 
 def test_pictures_are_the_papers_crops_keyed_by_the_sample(pair_reader):
@@ -240,6 +340,75 @@ def test_the_cache_keeps_its_bound_and_spares_decoding(pair_reader, monkeypatch)
     for position in range(0, 60, 6):
         everything.batch_at(position)
     assert len(decoded) == 20
+
+
+def test_pictures_by_reference_are_those_in_the_shards(pair_reader, tmp_path):
+    images = pair_reader.images(np.arange(20))
+    rows, made_of = refer(tmp_path / "in", images)
+    write(tmp_path / "set", "pairs", rows, 7, made_of)
+    (tmp_path / "set/sources.json").write_text(json.dumps([str(tmp_path / "in")]))
+    inline, referring = pair_loader(pair_reader), pair_loader(ShardReader(tmp_path / "set"))
+    for position in (0, 12, 18):
+        assert torch.equal(inline.batch_at(position)[0], referring.batch_at(position)[0])
+    with open(tmp_path / "in/all.bin", "r+b") as file:
+        file.write(b"damaged")
+    with pytest.raises(
+        InputError, match=r"picture 'p0': bytes .* are not those that were ingested"
+    ):
+        pair_loader(ShardReader(tmp_path / "set"), np.array([0]), batch=1).batch_at(0)
+
+
+def small_pictures(folder, upscale):
+    """A set of one picture of 10 x 6 pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), format="PNG")
+    rows = [pair_row("small", file.getvalue(), width=10, height=6)]
+    write(folder, "pairs", rows, made_of=PAIRS | {"upscale": upscale, "image_size": 16})
+    return pixels, ShardReader(folder)
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_small_pictures_are_enlarged_when_the_set_allows_it(tmp_path, size):
+    pixels, reader = small_pictures(tmp_path / "a", upscale=True)
+    got, _ = pair_loader(reader, np.array([0]), batch=1, size=size, seed=None).batch_at(0)
+    wide = round(10 * size / 6)
+    larger = Image.fromarray(pixels).resize((wide, size), Image.Resampling.BICUBIC)
+    left = (wide - size) // 2
+    expected = torch.from_numpy(np.array(larger))[:, left : left + size].permute(2, 0, 1) / 255
+    assert torch.equal(got[0], expected)
+    # and seen through the crops of training
+    assert pair_loader(reader, np.array([0]), batch=1, size=size).batch_at(0)[0].shape[-1] == size
+
+
+def test_small_pictures_are_not_enlarged_beyond_what_was_allowed(tmp_path):
+    for name, upscale, size in (("a", True, 17), ("b", False, 8)):
+        _, reader = small_pictures(tmp_path / name, upscale)
+        with pytest.raises(InputError, match=f"picture 'small': .*smaller than the {size}x{size}"):
+            pair_loader(reader, np.array([0]), batch=1, size=size).batch_at(0)
+
+
+def test_pictures_of_several_sets_come_from_their_own_set(pair_reader, tmp_path):
+    _, small = small_pictures(tmp_path / "a", upscale=True)
+    sets = [(pair_reader, side_of(np.arange(2))), (small, small.split("train"))]
+    loader = PairLoader(
+        sets, size=8, seed=None, batch=6, rank=0, world=1, weights=[2, 1], cache_bytes=10**6
+    )
+    for _ in range(2):
+        images, ids = loader.batch_at(0)
+        assert ids.tolist() == [0, 0, 1, 0, 0, 1]
+        alone, _ = pair_loader(small, np.array([0]), batch=1, size=8, seed=None).batch_at(0)
+        first, _ = pair_loader(pair_reader, size=8, seed=None).batch_at(0)
+        expected = [first[0], alone[0], first[1], first[0], alone[0], first[1]]
+        assert torch.equal(images, torch.stack(expected))
+
+
+@pytest.mark.parametrize("cores", [1, 3, 40])
+def test_pictures_do_not_depend_on_the_threads_that_decode_them(pair_reader, monkeypatch, cores):
+    wanted = pair_loader(pair_reader).batch_at(6)[0]
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    loader = pair_loader(pair_reader)
+    assert loader._pool._max_workers == min(cores, 8)
+    assert torch.equal(loader.batch_at(6)[0], wanted)
 
 
 def test_validation_pictures_are_the_middle(pair_reader):

@@ -240,14 +240,14 @@ def test_another_preset_does_not_continue_a_run(tiny, tmp_path, never_stopped, c
 def test_another_tokenizer_does_not_continue_a_run(tiny, tmp_path, never_stopped, monkeypatch):
     out, stage = copy_of(never_stopped, tmp_path), stage_of(tiny)
     stage.tokenizer.fingerprint = "another"
-    with pytest.raises(InputError, match=r"trained with tokenizer .*, this run has another"):
+    with pytest.raises(InputError, match=r"trained with tokenizer .*, this run has \['another'\]"):
         train(stage, out)
 
 
 def test_other_tokens_do_not_continue_a_run(tiny, tmp_path, never_stopped):
     out, stage = copy_of(never_stopped, tmp_path), stage_of(tiny)
-    stage.reader.fingerprint = "another"
-    with pytest.raises(InputError, match=r"trained with tokens .*, this run has another"):
+    stage.data.readers[0].fingerprint = "another"
+    with pytest.raises(InputError, match=r"trained with tokens .*, this run has \['another'\]"):
         train(stage, out)
 
 
