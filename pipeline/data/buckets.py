@@ -23,6 +23,8 @@ NO_ENTRY = (
     "EXPIRED",
 )
 
+Entry = tuple[str, bool, int]  # name, whether it is a folder, bytes
+
 
 class Bucket:
     """One path of a bucket; the connection is made when it is first needed, in each process.
@@ -55,6 +57,7 @@ class Bucket:
                 f"{uri} is no URI of a bucket: {parts.scheme}://bucket/path, "
                 "with %20 for a space and %23 for a #"
             )
+        self.is_s3 = parts.scheme == "s3"
         self._parts = parts._replace(path=parts.path.rstrip("/"))
         self.uri = urlunsplit(self._parts)
         self.path = parts.netloc + unquote(self._parts.path)
@@ -80,13 +83,12 @@ class Bucket:
     def _connect(self) -> FileSystem:
         query = dict(parse_qsl(self._parts.query))
         is_public = query.pop("anonymous", "false").lower() in ("true", "1")
-        is_s3 = self._parts.scheme == "s3"
-        if is_s3 and is_public:  # which URIs of pyarrow cannot say
+        if self.is_s3 and is_public:  # which URIs of pyarrow cannot say
             if "region" not in query and "endpoint_override" not in query:
                 query["region"] = resolve_s3_region(self._parts.netloc)
             return S3FileSystem(anonymous=True, **query)
         bucket = self._parts.netloc
-        if not is_s3:
+        if not self.is_s3:
             query.setdefault("retry_limit_seconds", str(GCS_SECONDS))
             bucket = f"anonymous@{bucket}" if is_public else bucket
         parts = self._parts._replace(netloc=bucket, query=urlencode(query))
@@ -110,8 +112,8 @@ class Bucket:
         info = self.fs.get_file_info(path)
         return info.size or 0, info.mtime_ns or 0
 
-    def entries(self, folder: str) -> list[tuple[str, bool, int]]:
-        """Name, whether it is a folder, and bytes of what a folder (bucket and path) holds."""
+    def entries(self, folder: str) -> list[Entry]:
+        """What a folder (bucket and path) of an S3 bucket holds."""
         found = self.fs.get_file_info(FileSelector(folder))
         # two slashes in a name: pyarrow lists the folder in itself
         return [
@@ -122,3 +124,22 @@ class Bucket:
             )
             for info in found
         ]
+
+    def tree(self) -> dict[str, list[Entry]]:
+        """What each folder of a GCS bucket holds, by path relative to the root.
+
+        There pyarrow lists only those folders that have an object of their own, which most have
+        not; so all names are listed, and are in memory, at once.
+        """
+        tree: dict[str, list[Entry]] = {"": []}
+        for info in self.fs.get_file_info(FileSelector(self.path, recursive=True)):
+            if info.type != FileType.File:
+                continue
+            folder, _, name = info.path[len(self.path) + 1 :].rpartition("/")
+            entries = tree.setdefault(folder, [])
+            entries.append((name, False, info.size or 0))
+            while folder and len(entries) == 1:  # a new folder: tell the one above
+                folder, _, name = folder.rpartition("/")
+                entries = tree.setdefault(folder, [])
+                entries.append((name, True, 0))
+        return tree

@@ -181,7 +181,7 @@ class Place:
 
         A file sorts by its name without the last suffix and a folder by its name with a slash, so
         that files of one stem follow one another. Links are followed. Memory holds the names of
-        one folder at each level.
+        one folder at each level; of a gs:// place, all names.
 
         Raises:
             InputError: there is no such place, or it cannot be listed.
@@ -190,6 +190,9 @@ class Place:
             yield FileInfo("", self.size())
         elif self._bucket is None:
             yield from walk_folder(self.uri)
+        elif not self._bucket.is_s3:
+            tree = self._tried("", self._bucket.tree)
+            yield from walk_bucket(lambda path: tree[path])
         else:
             bucket = self._bucket
             yield from walk_bucket(

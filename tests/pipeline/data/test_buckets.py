@@ -2,6 +2,7 @@ import os
 import pickle
 
 import pytest
+from pyarrow import fs
 
 from pipeline.console import InputError
 from pipeline.data import places
@@ -228,3 +229,31 @@ def test_the_version_of_a_file_is_its_size_and_time(server):
     size, time_ns = Place(server.uri("copy"))._bucket.version("bucket/copy/b.tar")
     assert size == 4
     assert time_ns > 1e18
+
+
+def test_folders_of_gcs_are_made_of_names(tmp_path):
+    names = ["b.png", "b.txt", "b-c.png", "b/a.png", "b/c/d/e.png", ".b/x.png", "c/d/e.png", "c/a"]
+    for n, name in enumerate(names):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(bytes(n))
+
+    class Gcs:
+        """Lists as pyarrow's GcsFileSystem does: folders only where an object marks them."""
+
+        def get_file_info(self, what):
+            if isinstance(what, str):
+                return fs.FileInfo(what, fs.FileType.Directory)
+            assert what.recursive
+            marker = fs.FileInfo("bucket/in/marker", fs.FileType.Directory)
+            odd = fs.FileInfo("bucket/in/x//y.png", fs.FileType.File, size=1)
+            found = [(f"bucket/in/{name}", n) for n, name in enumerate(names)]
+            return [marker, odd, *(fs.FileInfo(p, fs.FileType.File, size=n) for p, n in found)]
+
+    place = Place("gs://bucket/in")
+    place._bucket._fs, place._bucket._process = Gcs(), os.getpid()
+    problem = "names with two slashes cannot be read: rename them"
+    assert list(place.files()) == [
+        *Place(tmp_path).files(),
+        FileInfo("x//", problem="folder cannot be read", detail=problem),
+    ]
