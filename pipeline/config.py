@@ -195,13 +195,13 @@ def _check_run(run: "DvaeRun | DalleRun") -> None:
 class DvaeRun:
     """Stage 1: what is learned, in which steps (appendix A.2)."""
 
-    model: DvaeConfig
+    model: ImageModel
     optimizer: Optimizer
     batch: int  # images an update, over all ranks
     steps: int
     lr: Ramp
-    beta: Ramp  # weight of the KL term
-    tau: Ramp  # temperature of the relaxation
+    beta: Ramp | None  # weight of the KL term; None, and no other, with FSQ
+    tau: Ramp | None  # temperature of the relaxation; likewise
     pixel_noise: float = 0.0  # standard deviation added to training pictures in [0, 1]; paper: 0
     val_images: int = 1024  # looked at in one validation
     val_every: int = 1000
@@ -211,6 +211,12 @@ class DvaeRun:
 
     def __post_init__(self) -> None:
         _check_run(self)
+        is_relaxed = isinstance(self.model, DvaeConfig)
+        require(
+            all(isinstance(ramp, Ramp) == is_relaxed for ramp in (self.beta, self.tau)),
+            "beta and tau are ramps in the preset of a dVAE, and None in one with FSQ, which has "
+            "no KL term and no temperature",
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,15 @@ import dataclasses
 import inspect
 from typing import Any
 
-from pipeline.config import DalleConfig, DalleRun, DvaeConfig, DvaeRun, Optimizer, Ramp
+from pipeline.config import (
+    DalleConfig,
+    DalleRun,
+    DvaeConfig,
+    DvaeRun,
+    FsqConfig,
+    Optimizer,
+    Ramp,
+)
 from pipeline.console import InputError
 from pipeline.plugin import blame, load_function
 
@@ -62,6 +70,30 @@ def dvae_own() -> DvaeRun:
         dvae_demo(),
         model=DvaeConfig(image_size=64, n_vocab=512, n_hid=16, n_init=64, n_blk_per_group=1),
         lr=Ramp(3e-3, 2e-4, 4_000),
+    )
+
+
+def fsq_paper() -> DvaeRun:
+    """Finite scalar quantisation in the paper's recipe: 15,360 codes that are not learnt.
+
+    The released dVAE's reconstructions limit any transformer that is trained on its codes. Levels:
+    arXiv 2309.15505, table 1, for 2^14 codes. A transformer of these codes takes n_image_vocab
+    15,360.
+    """
+    return dataclasses.replace(dvae_paper(), model=FsqConfig(), beta=None, tau=None)
+
+
+def fsq_demo() -> DvaeRun:
+    """``dvae_demo`` with finite scalar quantisation: 128 codes too, so ``dalle_demo`` fits.
+
+    Its gradients pass the rounding as they are, so it wants smaller steps (measured).
+    """
+    return dataclasses.replace(
+        dvae_demo(),
+        model=FsqConfig(image_size=64, levels=(8, 4, 4), n_hid=16, n_init=32, n_blk_per_group=1),
+        lr=Ramp(1.5e-3, 1e-4, 4_000),
+        beta=None,
+        tau=None,
     )
 
 

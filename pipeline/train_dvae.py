@@ -1,8 +1,9 @@
 """Stage 1: train the image tokenizer on pair shards (section 2.1, appendix A.2).
 
-deepspeed --module pipeline.train_dvae --preset dvae_demo --data PAIRS --out DIR --deepspeed_config
-F python -m pipeline.train_dvae --preset dvae_demo --data PAIRS --out DIR         (one process, no
-DeepSpeed)
+deepspeed --module pipeline.train_dvae --preset NAME --data PAIRS --out DIR --deepspeed_config FILE
+python -m pipeline.train_dvae --preset NAME --data PAIRS --out DIR
+
+The second is one process, without DeepSpeed.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline import presets
-from pipeline.config import DvaeRun
+from pipeline.config import DvaeRun, Ramp
 from pipeline.console import InputError, command, logger
 from pipeline.data.loader import PairLoader, sample_seed
 from pipeline.data.pictures import save_png, tile, to_uint8
@@ -92,18 +93,23 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
         images, positions = batch
         noise = self.noise(positions, engine.device)
         images = self.with_pixel_noise(images.to(engine.device), positions)
-        out = engine.model(images, noise, at(self.run.tau, step))
+        out = engine.model(images, noise, _at(self.run.tau, step))
         scale = 1 / (totals[0] * self._values)
         nll, kl = out["nll_B"].sum() * scale, out["kl_B"].sum() * scale
-        return nll + at(self.run.beta, step) * kl, {"nll": nll, "kl": kl}
+        return nll + _at(self.run.beta, step) * kl, {"nll": nll, "kl": kl}
 
     @property
     def _values(self) -> int:
         """Pixel values of a picture."""
         return 3 * self.run.model.image_size**2
 
-    def noise(self, positions: list[int], device: torch.device) -> Tensor:
-        """Standard Gumbel noise [B, V, Y, X], a function of seed and position alone."""
+    def noise(self, positions: list[int], device: torch.device) -> Tensor | None:
+        """Standard Gumbel noise [B, V, Y, X], a function of seed and position alone.
+
+        None with FSQ, which has nothing to relax.
+        """
+        if self.run.tau is None:
+            return None
         grid = self.run.model.grid
         noise = torch.empty(len(positions), self.run.model.n_vocab, grid, grid, device=device)
         for row, position in zip(noise, positions, strict=True):
@@ -128,12 +134,16 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
         return at(self.run.lr, step)
 
     def figures(self, step: int) -> dict[str, float]:
-        """KL weight and temperature."""
-        return {"beta": at(self.run.beta, step), "tau": at(self.run.tau, step)}
+        """KL weight and temperature; FSQ has none."""
+        ramps = {"beta": self.run.beta, "tau": self.run.tau}
+        return {name: at(ramp, step) for name, ramp in ramps.items() if ramp is not None}
 
     @torch.no_grad()
     def validate(self, engine: Engine, out: Path) -> dict[str, float]:
-        """Relaxed and hard ELBO side by side, PSNR and codebook use, on held-out pictures."""
+        """Relaxed and hard ELBO side by side, PSNR and codebook use, on held-out pictures.
+
+        With FSQ, which relaxes nothing, the two are the same.
+        """
         run, n_vocab = self.run, self.run.model.n_vocab
         step = engine.updates
         sums = torch.zeros(4, device=engine.device)
@@ -143,8 +153,8 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
             images = images.to(engine.device)
             positions = range(position + engine.rank, position + self._val_batch, engine.world)
             noise = self.noise(list(positions), engine.device)
-            relaxed = engine.model(images, noise, at(run.tau, step))
             hard = engine.model(images)
+            relaxed = hard if noise is None else engine.model(images, noise, _at(run.tau, step))
             terms = (relaxed["nll_B"], hard["nll_B"], hard["kl_B"], hard["error_B"])
             sums += torch.stack([t.sum() for t in terms])
             used += torch.bincount(hard["codes_BYX"].flatten(), minlength=n_vocab)
@@ -184,6 +194,11 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
         log.info("wrote %s, fingerprint %s", out, fingerprint)
 
 
+def _at(ramp: Ramp | None, step: int) -> float:
+    """``at``; 0 for what FSQ has not."""
+    return 0.0 if ramp is None else at(ramp, step)
+
+
 def write_reconstructions(path: Path, images: Tensor, pictures: Tensor) -> None:
     """A grid: rows of originals, each above the row of their reconstructions."""
     columns = 8
@@ -195,8 +210,14 @@ def write_reconstructions(path: Path, images: Tensor, pictures: Tensor) -> None:
 
 def main() -> None:
     """Train stage 1 from the command line."""
-    parser = argparse.ArgumentParser(prog="pipeline.train_dvae", description=__doc__)
-    parser.add_argument("--preset", required=True, help="dvae_demo, dvae_paper or FILE.py:FUNCTION")
+    parser = argparse.ArgumentParser(
+        prog="pipeline.train_dvae",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--preset", required=True, help="dvae_demo, dvae_paper, fsq_paper or FILE.py:FUNCTION"
+    )
     parser.add_argument("--data", required=True, nargs="+", help="pair sets (data_prep.ingest)")
     parser.add_argument("--mix", nargs="+", type=int, metavar="W", help=MIX_HELP)
     parser.add_argument("--block-order", action="store_true", help=BLOCK_HELP)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import DalleConfig, DalleRun, DvaeConfig, DvaeRun, Optimizer, Ramp
+from pipeline.config import DalleConfig, DalleRun, DvaeConfig, DvaeRun, FsqConfig, Optimizer, Ramp
 from pipeline.console import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +53,12 @@ def dvae() -> DvaeRun:
         lr=Ramp(3e-3, 3e-4, STEPS), beta=Ramp(0.0, 1.0, STEPS), tau=Ramp(1.0, 0.25, STEPS),
         val_images=8, val_every=SAVE_EVERY, save_every=SAVE_EVERY, log_every=1,
     )  # fmt: skip
+
+
+def fsq() -> DvaeRun:
+    """``dvae`` with finite scalar quantisation, as many codes."""
+    model = FsqConfig(image_size=IMAGE_SIZE, levels=(4, 3, 2), n_hid=8, n_init=8, n_blk_per_group=1)
+    return dataclasses.replace(dvae(), model=model, beta=None, tau=None)
 
 
 def dalle_short_with_one_head() -> DalleRun:

@@ -45,15 +45,15 @@ class Runs:
             assert_finished(done, out)
         return out
 
-    def plain(self, stage="dalle") -> Path:
-        out = self.folder / f"plain-{stage}"
+    def plain(self, stage="dalle", preset=None) -> Path:
+        out = self.folder / f"plain-{preset or stage}"
         if not out.exists():
-            train(self.stage(stage), out)
+            train(self.stage(stage, preset), out)
         return out
 
-    def stage(self, stage="dalle"):
+    def stage(self, stage="dalle", preset=None):
         if stage == "dvae":
-            return DvaeStage(runs.dvae(), str(self.inputs.pairs))
+            return DvaeStage(getattr(runs, preset or stage)(), str(self.inputs.pairs))
         return DalleStage(runs.dalle(), str(self.inputs.tokens), str(self.inputs.tokenizer))
 
     def two(self) -> Path:
@@ -139,12 +139,14 @@ def test_weights_and_averages_agree_too(made):
         torch.testing.assert_close(two.state_dict()[name], value, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_dvae_trains_on_zero_3_as_on_plain_pytorch(made, ranks):
+@pytest.mark.parametrize(("preset", "ranks"), [("dvae", 1), ("dvae", 2), ("fsq", 2)])
+def test_the_dvae_trains_on_zero_3_as_on_plain_pytorch(made, preset, ranks):
     config = made.accumulating if ranks == 2 else CPU_CONFIG
-    out = made.finished(f"dvae-{ranks}", stage="dvae", ranks=ranks, config=config)
-    assert_same_losses(out, made.plain("dvae"))
-    plain, zero = load_dvae(made.plain("dvae"))[0], load_dvae(out)[0]
+    out = made.finished(
+        f"{preset}-{ranks}", stage="dvae", preset=preset, ranks=ranks, config=config
+    )
+    assert_same_losses(out, made.plain("dvae", preset))
+    plain, zero = load_dvae(made.plain("dvae", preset))[0], load_dvae(out)[0]
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(zero.state_dict()[name], value, rtol=1e-3, atol=1e-5)
 

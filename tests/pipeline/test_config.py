@@ -53,6 +53,22 @@ def test_fsq_comes_back_from_json():
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": FsqConfig()},
+        {"model": FsqConfig(), "beta": None},
+        {"beta": None},
+        {"tau": None},
+        {"beta": None, "tau": None},
+    ],
+)
+def test_ramps_of_a_relaxation_go_with_the_dvae_alone(changes):
+    with pytest.raises(InputError, match="beta and tau are ramps in the preset of a dVAE, and"):
+        dataclasses.replace(runs.dvae(), **changes)
+    dataclasses.replace(runs.dvae(), model=FsqConfig(), beta=None, tau=None)
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"n_layer": 0}, "n_layer is 0; take at least 1"),

@@ -10,6 +10,8 @@ from pipeline import presets
 from pipeline.config import DalleRun, DvaeRun
 from pipeline.console import InputError
 from pipeline.models.dalle import Dalle, Dense
+from pipeline.models.dvae import Conv2d, DiscreteVAE
+from pipeline.training.schedules import at
 from tests import tiny as runs
 
 
@@ -92,6 +94,60 @@ def test_the_recipe_of_the_image_tokenizer_is_appendix_a_2():
     assert dataclasses.astuple(run.lr) == (1e-4, 1.25e-6, 1_200_000)
     assert dataclasses.astuple(run.beta) == (0.0, 6.6, 5_000)
     assert dataclasses.astuple(run.tau) == (1.0, 1 / 16, 150_000)
+
+
+def test_schedules_of_the_image_tokenizer_reach_their_ends_where_the_paper_says():
+    run = presets.dvae_paper()
+    assert (at(run.beta, 0), at(run.beta, 2_500)) == (0, pytest.approx(3.3))
+    assert at(run.beta, 4_999) < at(run.beta, 5_000) == at(run.beta, 2_999_999) == 6.6
+    assert at(run.tau, 0) == 1
+    assert at(run.tau, 149_999) > at(run.tau, 150_000) == at(run.tau, 2_999_999) == 1 / 16
+    assert at(run.lr, 0) == 1e-4
+    assert at(run.lr, 600_000) == pytest.approx((1e-4 + 1.25e-6) / 2)
+    assert at(run.lr, 1_199_999) > at(run.lr, 1_200_000) == at(run.lr, 2_999_999)
+    assert at(run.lr, 1_200_000) == pytest.approx(1.25e-6, rel=1e-12)
+    # 8 images on each of 64 GPUs, 8 x 8 pixels a code, no noise that the paper does not have
+    assert run.batch == 64 * 8
+    assert (run.model.image_size, run.model.grid, run.model.n_vocab) == (256, 32, 8192)
+    assert (run.optimizer.gradient_clipping, run.pixel_noise) == (0, 0)
+
+
+def test_the_papers_tokenizer_keeps_two_convolutions_in_float32():
+    with torch.device("meta"):
+        dvae = DiscreteVAE(presets.dvae_paper().model)
+    dvae.set_compute_dtype(torch.bfloat16)
+    kept = {
+        name: tuple(module.w.shape[:2])
+        for name, module in dvae.named_modules()
+        if isinstance(module, Conv2d) and module.full_precision
+    }
+    assert kept == {
+        "encoder.blocks.output.conv": (8192, 2048), "decoder.blocks.input": (128, 8192),
+    }  # fmt: skip
+
+
+def test_fsq_has_the_papers_recipe_and_the_levels_of_its_own():
+    run, paper = presets.fsq_paper(), presets.dvae_paper()
+    assert run.model.levels == (8, 8, 8, 6, 5)
+    assert run.model.n_vocab == 15_360
+    for name in ("batch", "steps", "lr", "optimizer"):
+        assert getattr(run, name) == getattr(paper, name)
+    for name in ("image_size", "n_hid", "n_init", "n_blk_per_group", "grid"):
+        assert getattr(run.model, name) == getattr(paper.model, name)
+
+
+@pytest.mark.parametrize(
+    ("stage_1", "stage_2"),
+    [
+        ("dvae_paper", "dalle_12b"),
+        ("dvae_demo", "dalle_demo"),
+        ("dvae_own", "dalle_own"),
+        ("fsq_demo", "dalle_demo"),
+    ],
+)
+def test_transformers_read_the_codes_of_their_tokenizer(stage_1, stage_2):
+    codes, reader = presets.load(stage_1).model, presets.load(stage_2).model
+    assert (codes.n_vocab, codes.grid) == (reader.n_image_vocab, reader.grid)
 
 
 def test_every_name_loads_a_run():

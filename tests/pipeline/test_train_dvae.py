@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from pipeline import train_dvae
+from pipeline.config import FsqConfig
 from pipeline.console import InputError
 from pipeline.data.images import centre_crop, decode_image
 from pipeline.data.pictures import GAP, to_uint8
@@ -22,19 +23,37 @@ from tests.tiny import arguments, curve, losses, train
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
 
+FSQ = FsqConfig(image_size=runs.IMAGE_SIZE, levels=(4, 3, 2), n_hid=8, n_init=8, n_blk_per_group=1)
+KINDS = {"dvae": {}, "fsq": {"model": FSQ, "beta": None, "tau": None}}
+
+
 def stage_of(tiny, **changes):
     return DvaeStage(dataclasses.replace(runs.dvae(), **changes), str(tiny.pairs))
 
 
-@pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory):
+def finished(tiny, out, **changes):
     """A finished run: its folder and its engine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("trained")
-    engine = train(stage_of(tiny), out)
+    engine = train(stage_of(tiny, **changes), out)
     torch.set_num_threads(threads)
     return out, engine
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    return finished(tiny, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def trained_fsq(tiny, tmp_path_factory):
+    return finished(tiny, tmp_path_factory.mktemp("trained-fsq"), **KINDS["fsq"])
+
+
+@pytest.fixture
+def finished_run(request, kind):
+    """The run of either kind."""
+    return request.getfixturevalue("trained" if kind == "dvae" else "trained_fsq")
 
 
 def test_the_loss_falls_and_the_schedules_are_logged(trained):
@@ -83,8 +102,9 @@ def test_reconstructions_stand_under_their_originals(tiny, trained):
     assert np.abs(sheet[size + GAP :, :size].astype(int) - made).max() <= 1
 
 
-def test_resumed_is_never_stopped_bit_for_bit(tiny, trained, tmp_path, monkeypatch):
-    out, _ = trained
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_is_never_stopped_bit_for_bit(tiny, kind, finished_run, tmp_path, monkeypatch):
+    out, _ = finished_run
     validate = DvaeStage.validate
 
     def stop(self, engine, folder):
@@ -94,12 +114,43 @@ def test_resumed_is_never_stopped_bit_for_bit(tiny, trained, tmp_path, monkeypat
 
     monkeypatch.setattr(DvaeStage, "validate", stop)
     with pytest.raises(KeyboardInterrupt):
-        train(stage_of(tiny), tmp_path)
+        train(stage_of(tiny, **KINDS[kind]), tmp_path)
     monkeypatch.setattr(DvaeStage, "validate", validate)
-    train(stage_of(tiny), tmp_path)
+    train(stage_of(tiny, **KINDS[kind]), tmp_path)
+    assert len(curve(out)) == runs.STEPS
     assert curve(tmp_path) == curve(out)
+    assert curve(tmp_path, "val") == curve(out, "val")
     name = "model.safetensors"
     assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_fsq_trains_without_noise_and_without_kl(tiny, trained_fsq):
+    out, _ = trained_fsq
+    lines = curve(out)
+    assert lines[-1]["nll"] < lines[0]["nll"] - 0.1
+    for line in lines:
+        assert line["loss"] == line["nll"]
+        assert line["kl"] == 0
+        assert not {"beta", "tau"} & line.keys()
+    for line in curve(out, "val"):
+        assert line["relaxed_elbo"] == line["hard_elbo"]
+        assert line["kl_per_code"] == 0
+        assert 1 <= line["perplexity"] <= line["codes_used"] <= 24
+    assert stage_of(tiny, **KINDS["fsq"]).noise([3], torch.device("cpu")) is None
+
+
+def test_the_export_of_fsq_is_a_tokenizer_as_any(trained_fsq):
+    out, engine = trained_fsq
+    dvae, _ = load_dvae(out)
+    assert dvae.config == FSQ
+    for name, value in engine.gather("ema").items():
+        assert torch.equal(dvae.state_dict()[name], value)
+    codes = dvae.encode(torch.rand(2, 3, runs.IMAGE_SIZE, runs.IMAGE_SIZE))
+    assert codes.shape == (2, runs.GRID, runs.GRID)
+    assert 0 <= codes.min() <= codes.max() < 24
+
+
+# ---- noise, batches, the command
 
 
 def test_noise_is_a_function_of_seed_and_position_alone(tiny):
@@ -137,8 +188,9 @@ def shares(stage, engine, world, micro):
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 2), (1, 3), (2, 4), (4, 1)])
-def test_the_loss_does_not_know_how_the_batch_is_cut(tiny, world, micro):
-    stage = stage_of(tiny)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_does_not_know_how_the_batch_is_cut(tiny, kind, world, micro):
+    stage = stage_of(tiny, **KINDS[kind])
     engine = PlainEngine(stage.build, stage.run)
     loss, gradient = shares(stage, engine, 1, 8)
     cut_loss, cut_gradient = shares(stage, engine, world, micro)
