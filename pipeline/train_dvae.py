@@ -7,6 +7,7 @@ The second is one process, without DeepSpeed.
 """
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,9 @@ from pipeline.training.schedules import at
 log = logger("dvae")
 
 SHOWN = 32  # pictures of a reconstruction grid
+# shares of all codes: a codebook that is used less has collapsed, or is about to
+LEAST_USED = 0.1
+LEAST_PERPLEXITY = 0.05
 
 
 class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
@@ -142,7 +146,9 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
     def validate(self, engine: Engine, out: Path) -> dict[str, float]:
         """Relaxed and hard ELBO side by side, PSNR and codebook use, on held-out pictures.
 
-        With FSQ, which relaxes nothing, the two are the same.
+        The hard one is the ELBO itself: its codes are samples of q, by the noise of the relaxed
+        one, so that the two meet as the temperature falls. PSNR and use are those of the codes
+        that stage 2 reads, which are made without noise. With FSQ all three are the same.
         """
         run, n_vocab = self.run, self.run.model.n_vocab
         step = engine.updates
@@ -153,18 +159,20 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
             images = images.to(engine.device)
             positions = range(position + engine.rank, position + self._val_batch, engine.world)
             noise = self.noise(list(positions), engine.device)
-            hard = engine.model(images)
-            relaxed = hard if noise is None else engine.model(images, noise, _at(run.tau, step))
-            terms = (relaxed["nll_B"], hard["nll_B"], hard["kl_B"], hard["error_B"])
+            relaxed = sampled = plain = engine.model(images)
+            if noise is not None:
+                relaxed = engine.model(images, noise, _at(run.tau, step))
+                sampled = engine.model(images, noise, 0.0)
+            terms = (relaxed["nll_B"], sampled["nll_B"], plain["kl_B"], plain["error_B"])
             sums += torch.stack([t.sum() for t in terms])
-            used += torch.bincount(hard["codes_BYX"].flatten(), minlength=n_vocab)
+            used += torch.bincount(plain["codes_BYX"].flatten(), minlength=n_vocab)
             if position == 0 and engine.rank == 0:
                 name = out / "reconstructions" / f"step-{step:07d}.png"
-                write_reconstructions(name, images, hard["picture_BCYX"])
+                write_reconstructions(name, images, plain["picture_BCYX"])
         relaxed_nll, hard_nll, kl, error = (engine.sum(sums) / self._val_images).tolist()
         share = engine.sum(used) / used.sum()
         entropy = -(share * torch.log(share.clamp(min=1e-12))).sum().item()
-        return {
+        figures = {
             # in nats a value, as the loss is
             "relaxed_elbo": -(relaxed_nll + kl) / self._values,
             "hard_elbo": -(hard_nll + kl) / self._values,
@@ -173,6 +181,30 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
             "codes_used": float((share > 0).sum()),
             "perplexity": math.exp(entropy),
         }
+        is_wrong = engine.rank == 0 and self._warn_of_collapse(step, figures, out)
+        return figures | {"collapse": float(is_wrong)}
+
+    def _warn_of_collapse(self, step: int, figures: dict[str, float], out: Path) -> bool:
+        """Whether the codebook falls out of use; says so in the log, with the way out."""
+        run = self.run
+        # the KL weight pulls the codes apart: before it has its last value their use says little
+        warmup = run.beta.steps if run.beta is not None else min(5_000, run.steps // 10)
+        if step < warmup:
+            return False
+        n_positions = self._val_images * run.model.grid**2
+        before = last_validation(out / "metrics.jsonl", warmup, step)
+        problems = too_little_use(figures, before, min(run.model.n_vocab, n_positions))
+        if not problems:
+            return False
+        ways = {"raise the KL weight": "beta", "let the temperature fall later": "tau"}
+        schedules = self.figures(step)
+        advice = [f"{way} ({n} is {schedules[n]:.3g})" for way, n in ways.items() if n in schedules]
+        advice.append(f"lower the step size (lr is {self.lr(step):.3g})")
+        log.warning(
+            "the codebook collapses at update %d: %s; stop and change the preset: %s",
+            step, ", ".join(problems), ", or ".join(advice),
+        )  # fmt: skip
+        return True
 
     def finish(self, engine: Engine, out: Path) -> None:
         """Export the averaged weights and look at what they make of held-out pictures."""
@@ -197,6 +229,33 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
 def _at(ramp: Ramp | None, step: int) -> float:
     """``at``; 0 for what FSQ has not."""
     return 0.0 if ramp is None else at(ramp, step)
+
+
+def last_validation(metrics: Path, start: int, stop: int) -> dict[str, float]:
+    """The newest validation of updates [start, stop) in metrics.jsonl; empty when none was made."""
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    for event in map(json.loads, reversed(lines)):
+        if event["kind"] == "val" and start <= event["step"] < stop:
+            return dict(event)
+    return {}
+
+
+def too_little_use(figures: dict[str, float], before: dict[str, float], n_codes: int) -> list[str]:
+    """What is wrong with the use of the codebook.
+
+    Args:
+        figures: of this validation: codes_used, perplexity.
+        before: of the validation before; may be empty.
+        n_codes: that can be used.
+    """
+    problems = []
+    for name, share in (("codes_used", LEAST_USED), ("perplexity", LEAST_PERPLEXITY)):
+        now, least = figures[name], share * n_codes
+        if now < least:
+            problems.append(f"{name} is {now:.4g} of {n_codes}, below {least:.4g}")
+        elif name in before and now <= before[name] / 2:
+            problems.append(f"{name} fell from {before[name]:.4g} to {now:.4g} of {n_codes}")
+    return problems
 
 
 def write_reconstructions(path: Path, images: Tensor, pictures: Tensor) -> None:

@@ -1,7 +1,10 @@
+import copy
 import dataclasses
 import json
 import math
+import re
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from pipeline.console import InputError
 from pipeline.data.images import centre_crop, decode_image
 from pipeline.data.pictures import GAP, to_uint8
 from pipeline.data.shards import ShardReader
-from pipeline.models.dvae import load_dvae
+from pipeline.models.dvae import Conv2d, load_dvae
 from pipeline.train_dvae import DvaeStage
 from pipeline.training.engine import PlainEngine
 from tests import tiny as runs
@@ -148,6 +151,173 @@ def test_the_export_of_fsq_is_a_tokenizer_as_any(trained_fsq):
     codes = dvae.encode(torch.rand(2, 3, runs.IMAGE_SIZE, runs.IMAGE_SIZE))
     assert codes.shape == (2, runs.GRID, runs.GRID)
     assert 0 <= codes.min() <= codes.max() < 24
+
+
+# ---- validation
+
+
+def with_codes_apart(engine, stage):
+    """Make the untrained model tell pictures apart, and its codes matter."""
+    module = engine.module
+    with torch.no_grad():
+        output = module.encoder.blocks.output.conv
+        output.w.mul_(20)
+        module.decoder.blocks.input.w.mul_(2)
+        images, _ = stage._val.batch_at(0)
+        output.b.sub_(module.logits(images).mean(dim=(0, 2, 3)))
+
+
+def held_out(stage):
+    """Every picture that a validation looks at, with its Gumbel noise, in float64."""
+    for position in range(0, stage._val_images, stage._val_batch):
+        images, _ = stage._val.batch_at(position)
+        for i, image in enumerate(images):
+            yield image[None].double(), stage.noise([position + i], image.device).double()
+
+
+def brute_force(module, stage, tau):
+    """The figures of a validation from their definitions, a picture at a time, in float64."""
+    module = copy.deepcopy(module).double()
+    for part in module.modules():
+        if isinstance(part, Conv2d):
+            part.compute_dtype, part.full_precision = torch.float64, False
+    sums, codes = Counter(), []
+
+    def nll(x, z):
+        """Minus the log of the logit-Laplace density; and the picture."""
+        mu, ln_b = module.decoder.blocks(z).chunk(2, dim=1)
+        b, logit = torch.exp(ln_b), torch.log(x / (1 - x))
+        density = torch.exp(-(logit - mu).abs() / b) / (2 * b * x * (1 - x))
+        return -torch.log(density).sum().item(), ((torch.sigmoid(mu) - 0.1) / 0.8).clamp(0, 1)
+
+    def one_hot(logits):
+        return (logits == logits.amax(dim=1, keepdim=True)).double()
+
+    n = 0
+    for image, noise in held_out(stage):
+        x = 0.1 + 0.8 * image
+        logits = module.encoder.blocks(x)
+        q = torch.exp(logits) / torch.exp(logits).sum(dim=1, keepdim=True)
+        weights = torch.exp((logits + noise) / tau)
+        sums["kl"] += (q * torch.log(q * q.shape[1])).sum().item()
+        sums["relaxed"] += nll(x, weights / weights.sum(dim=1, keepdim=True))[0]
+        sums["hard"] += nll(x, one_hot(logits + noise))[0]
+        _, picture = nll(x, one_hot(logits))
+        sums["error"] += (picture - image).pow(2).mean().item()
+        codes += logits.argmax(dim=1).flatten().tolist()
+        n += 1
+    values = image.numel()
+    shares = [count / len(codes) for count in Counter(codes).values()]
+    return {
+        "relaxed_elbo": -(sums["relaxed"] + sums["kl"]) / n / values,
+        "hard_elbo": -(sums["hard"] + sums["kl"]) / n / values,
+        "kl_per_code": sums["kl"] / len(codes),
+        "psnr_db": 10 * math.log10(n / sums["error"]),
+        "codes_used": len(shares),
+        "perplexity": math.prod(share**-share for share in shares),
+        "collapse": 0.0,
+    }
+
+
+@torch.no_grad()
+def test_validation_is_what_its_definitions_say(tiny, tmp_path):
+    stage = stage_of(tiny, batch=4)
+    engine = PlainEngine(stage.build, stage.run)
+    stage.prepare(engine)
+    with_codes_apart(engine, stage)
+    engine.updates = 10  # half of the way down the temperature
+    got = stage.validate(engine, tmp_path)
+    wanted = brute_force(engine.module, stage, tau=0.625)
+    assert got == pytest.approx(wanted, rel=1e-4)
+    # the test can tell the three decoders' inputs apart
+    assert abs(wanted["hard_elbo"] - wanted["relaxed_elbo"]) > 0.01
+    assert wanted["codes_used"] > 5
+    engine.updates = 10**6  # the temperature is 1/4: nearer
+    later = stage.validate(engine, tmp_path)
+    assert later["hard_elbo"] == got["hard_elbo"]
+    gaps = [abs(v["hard_elbo"] - v["relaxed_elbo"]) for v in (got, later)]
+    assert gaps[1] < gaps[0]
+
+
+FINE = {"codes_used": 20.0, "perplexity": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "problems"),
+    [
+        (FINE, {}, []),
+        (FINE, {"codes_used": 39.0, "perplexity": 15.0}, []),
+        (FINE, {"step": 5}, []),
+        (
+            FINE | {"codes_used": 9.0},
+            FINE,
+            ["codes_used is 9 of 100, below 10"],
+        ),
+        (FINE | {"perplexity": 4.96}, {}, ["perplexity is 4.96 of 100, below 5"]),
+        (
+            FINE,
+            {"codes_used": 40.0, "perplexity": 60.0},
+            ["codes_used fell from 40 to 20 of 100", "perplexity fell from 60 to 8 of 100"],
+        ),
+    ],
+)
+def test_too_little_use_of_the_codebook_is_told_in_numbers(now, before, problems):
+    assert train_dvae.too_little_use(now, before, 100) == problems
+
+
+@pytest.fixture
+def warnings(monkeypatch, caplog):
+    monkeypatch.setattr(train_dvae.log, "propagate", True)
+    return caplog
+
+
+def validated(stage, engine, out, updates):
+    engine.updates = updates
+    return stage.validate(engine, out)["collapse"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_collapsed_codebook_is_an_alarm_after_the_warm_up(tiny, tmp_path, warnings, kind):
+    stage = stage_of(tiny, **KINDS[kind])
+    engine = PlainEngine(stage.build, stage.run)
+    stage.prepare(engine)
+    with torch.no_grad():
+        engine.module.encoder.blocks.output.conv.w.zero_()  # the same code everywhere
+    warmup = runs.STEPS if kind == "dvae" else runs.STEPS // 10
+    assert validated(stage, engine, tmp_path, warmup - 1) == 0
+    assert not warnings.messages
+    assert validated(stage, engine, tmp_path, warmup) == 1
+    way_out = {
+        "dvae": "raise the KL weight (beta is 1), or let the temperature fall later (tau is 0.25), "
+        "or lower the step size (lr is 0.0003)",
+        "fsq": "lower the step size (lr is 0.00293)",
+    }
+    assert warnings.messages == [
+        f"the codebook collapses at update {warmup}: codes_used is 1 of 24, below 2.4, perplexity "
+        f"is 1 of 24, below 1.2; stop and change the preset: {way_out[kind]}"
+    ]
+
+
+def test_a_codebook_that_halves_is_an_alarm(tiny, tmp_path, warnings):
+    stage = stage_of(tiny)
+    engine = PlainEngine(stage.build, stage.run)
+    stage.prepare(engine)
+    with_codes_apart(engine, stage)
+    # 10: before the warm-up's end; 30 is what a run that was killed had left behind
+    lines = [
+        {"kind": kind, "step": step, "codes_used": used, "perplexity": 1.0}
+        for kind, step, used in (
+            ("val", 10, 400), ("val", 20, 12), ("val", 25, 24), ("train", 26, 1), ("val", 30, 400),
+        )
+    ]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert validated(stage, engine, tmp_path, 20) == 0
+    assert validated(stage, engine, tmp_path, 25) == 0
+    with torch.no_grad():
+        # a third of the codes is never the argmax
+        engine.module.encoder.blocks.output.conv.b[:14] -= 1e4
+    assert validated(stage, engine, tmp_path, 30) == 1
+    assert re.search(r"update 30: codes_used fell from 24 to \d+ of 24; stop", warnings.messages[0])
 
 
 # ---- noise, batches, the command
