@@ -90,6 +90,17 @@ def dalle_damaged_on_rank_1() -> DalleRun:
 
 def dalle_between_saves_killed() -> DalleRun:
     """``dalle``, killed after the line of update 7 was written."""
+    _kill_between_saves()
+    return dalle()
+
+
+def dvae_between_saves_killed() -> DvaeRun:
+    """``dvae``, killed at the same place."""
+    _kill_between_saves()
+    return dvae()
+
+
+def _kill_between_saves() -> None:
     from pipeline.training.telemetry import Telemetry
 
     write = Telemetry.update
@@ -100,11 +111,21 @@ def dalle_between_saves_killed() -> DalleRun:
             _kill_the_group()
 
     Telemetry.update = update
-    return dalle()
 
 
 def dalle_inside_save_killed() -> DalleRun:
     """``dalle``, killed in the save of update 10, when the file of rank 0 is there."""
+    _kill_inside_save()
+    return dalle()
+
+
+def dvae_inside_save_killed() -> DvaeRun:
+    """``dvae``, killed at the same place."""
+    _kill_inside_save()
+    return dvae()
+
+
+def _kill_inside_save() -> None:
     from pipeline.training import checkpoint
 
     sync = checkpoint._sync
@@ -115,7 +136,6 @@ def dalle_inside_save_killed() -> DalleRun:
             _kill_the_group()
 
     checkpoint._sync = die
-    return dalle()
 
 
 def _kill_the_group() -> None:

@@ -166,6 +166,21 @@ def test_two_ranks_killed_twice_and_resumed_are_never_stopped_bit_for_bit(made):
     assert_same_bits(out, made.two())
 
 
+def test_stage_1_killed_twice_and_resumed_is_never_stopped_bit_for_bit(made):
+    config = made.accumulating
+    whole = made.finished("dvae-2", stage="dvae", config=config)
+    out = made.folder / "dvae-killed"
+    for place in ("between_saves", "inside_save"):
+        done = made.launch(out, stage="dvae", preset=f"dvae_{place}_killed", config=config)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (out / "checkpoints/step-0000010.partial").exists()
+    assert not (out / "checkpoints/step-0000010").exists()
+    done = made.launch(out, stage="dvae", config=config)
+    assert_finished(done, out)
+    assert "step-0000005, written by 2 ranks" in done.stderr
+    assert_same_bits(out, whole)
+
+
 def test_two_ranks_with_accumulation_resume_bit_for_bit(made):
     whole = made.finished("accumulating", config=made.accumulating)
     out = made.from_the_middle_of(whole, "accumulating-again")
