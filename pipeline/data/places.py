@@ -95,12 +95,11 @@ class Place:
         """The first of ``files``, relative to the root, that there is; asks for all at once."""
         paths = [self._path(file) for file in files]
         if self._bucket is None:
-            return next(
-                (f for f, path in zip(files, paths, strict=True) if os.path.exists(path)), None
-            )
-        bucket = self._bucket
-        found = self._tried(files[0], lambda: bucket.are_files(paths))
-        return next((file for file, is_file in zip(files, found, strict=True) if is_file), None)
+            found = map(os.path.exists, paths)
+        else:
+            bucket = self._bucket
+            found = iter(self._tried(files[0], lambda: bucket.are_files(paths)))
+        return next((file for file, is_there in zip(files, found, strict=True) if is_there), None)
 
     def size(self, file: str = "") -> int:
         """Bytes of ``file``, relative to the root; of the root itself by default.

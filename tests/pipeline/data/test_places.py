@@ -1,8 +1,10 @@
+import errno
 import os
 
 import pytest
 
 from pipeline.console import InputError
+from pipeline.data import places
 from pipeline.data.places import FileInfo, FileProblem, Place
 
 
@@ -80,3 +82,50 @@ def test_a_local_file_is_its_own_copy(tmp_path):
     with Place(tmp_path).local("a.png") as path:
         assert path == tmp_path / "a.png"
     assert (tmp_path / "a.png").exists()
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Let opening a file fail: ``failing(errno, n)`` so many times; returns the pauses."""
+    real, slept = os.open, []
+
+    def start(number, n):
+        left = [n]
+
+        def opened(path, *args, **kwargs):
+            if left[0] and str(path).endswith("a.png"):
+                left[0] -= 1
+                raise OSError(number, os.strerror(number))
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(os, "open", opened)
+        monkeypatch.setattr(places.time, "sleep", slept.append)
+        return slept
+
+    return start
+
+
+def test_a_network_disk_is_asked_again(tmp_path, failing):
+    fill(tmp_path, a_png=b"i")
+    assert failing(errno.ESTALE, 2) == []
+    assert Place(tmp_path).read("a.png") == b"i"
+    assert failing(errno.ESTALE, 0) == [1.0, 4.0]
+    failing(errno.ESTALE, 99)
+    with pytest.raises(InputError, match=r"a\.png cannot be reached after 4 tries") as caught:
+        Place(tmp_path).read("a.png")
+    assert not isinstance(caught.value, FileProblem)
+
+
+def test_what_this_machine_lacks_is_no_matter_of_a_file(tmp_path, failing):
+    fill(tmp_path, a_png=b"i")
+    failing(errno.EMFILE, 99)
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        Place(tmp_path).read("a.png")
+    assert not isinstance(caught.value, InputError)
+
+
+def test_the_first_of_several_files(tmp_path):
+    fill(tmp_path, b_png=b"i", c_png=b"i")
+    place = Place(tmp_path)
+    assert place.first(["a.png", "b.png", "c.png"]) == "b.png"
+    assert place.first(["a.png", "half\ud800.png", "nul\0"]) is None
