@@ -12,7 +12,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -94,11 +94,10 @@ class Place:
     def first(self, files: list[str]) -> str | None:
         """The first of ``files``, relative to the root, that there is; asks for all at once."""
         paths = [self._path(file) for file in files]
-        if self._bucket is None:
-            found = map(os.path.exists, paths)
-        else:
+        found: Iterable[bool] = map(os.path.exists, paths)
+        if self._bucket is not None:
             bucket = self._bucket
-            found = iter(self._tried(files[0], lambda: bucket.are_files(paths)))
+            found = self._tried(files[0], lambda: bucket.are_files(paths))
         return next((file for file, is_there in zip(files, found, strict=True) if is_there), None)
 
     def size(self, file: str = "") -> int:
