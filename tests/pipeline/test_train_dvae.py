@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import sys
 from collections import Counter
 
@@ -105,9 +106,8 @@ def test_reconstructions_stand_under_their_originals(tiny, trained):
     assert np.abs(sheet[size + GAP :, :size].astype(int) - made).max() <= 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_resumed_is_never_stopped_bit_for_bit(tiny, kind, finished_run, tmp_path, monkeypatch):
-    out, _ = finished_run
+def stopped_and_resumed(make_stage, out, monkeypatch):
+    """A run that was stopped behind its first half, before anything of update 10 was kept."""
     validate = DvaeStage.validate
 
     def stop(self, engine, folder):
@@ -115,16 +115,42 @@ def test_resumed_is_never_stopped_bit_for_bit(tiny, kind, finished_run, tmp_path
             raise KeyboardInterrupt
         return validate(self, engine, folder)
 
-    monkeypatch.setattr(DvaeStage, "validate", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(stage_of(tiny, **KINDS[kind]), tmp_path)
-    monkeypatch.setattr(DvaeStage, "validate", validate)
-    train(stage_of(tiny, **KINDS[kind]), tmp_path)
-    assert len(curve(out)) == runs.STEPS
-    assert curve(tmp_path) == curve(out)
-    assert curve(tmp_path, "val") == curve(out, "val")
+    with monkeypatch.context() as patch:
+        patch.setattr(DvaeStage, "validate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(make_stage(), out)
+    train(make_stage(), out)
+
+
+def assert_same_bits(out, other):
+    assert len(curve(other)) == runs.STEPS
+    assert curve(out) == curve(other)
+    assert curve(out, "val") == curve(other, "val")
     name = "model.safetensors"
-    assert (tmp_path / name).read_bytes() == (out / name).read_bytes()
+    assert (out / name).read_bytes() == (other / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_is_never_stopped_bit_for_bit(tiny, kind, finished_run, tmp_path, monkeypatch):
+    out, _ = finished_run
+    stopped_and_resumed(lambda: stage_of(tiny, **KINDS[kind]), tmp_path, monkeypatch)
+    assert_same_bits(tmp_path, out)
+
+
+def test_pictures_by_reference_train_and_resume_as_those_of_the_set(
+    tiny, trained, tmp_path, monkeypatch
+):
+    out, _ = trained
+    scenes, pairs = tmp_path / "scenes", tmp_path / "pairs"
+    shutil.copytree(tiny.pairs.parent / "scenes", scenes)
+    runs.ingest([scenes], pairs, runs.IMAGE_SIZE, val_fraction=0.2, bytes="reference")
+    assert ShardReader(pairs).made_of["bytes"] == "reference"
+    stopped_and_resumed(lambda: DvaeStage(runs.dvae(), str(pairs)), tmp_path / "out", monkeypatch)
+    assert_same_bits(tmp_path / "out", out)
+    # it was these files that were read
+    shutil.rmtree(scenes)
+    with pytest.raises(InputError, match="scenes does not exist: bring it back"):
+        train(DvaeStage(runs.dvae(), str(pairs)), tmp_path / "again")
 
 
 def test_fsq_trains_without_noise_and_without_kl(tiny, trained_fsq):
