@@ -43,7 +43,9 @@ def phash(image_HWC: Pixels) -> int:
     dct = _dct()
     # in gray levels times 32; sums of another order differ behind the tenth digit
     low = np.round(dct @ (cells.T if is_long else cells) @ dct.T, 6)
-    bits = np.packbits(low.reshape(-1) > np.median(low))
+    low = low.reshape(-1)
+    middle = np.sort(low)[LOW * LOW // 2 - 1 : LOW * LOW // 2 + 1]
+    bits = np.packbits(low > middle.sum() / 2)
     return int.from_bytes(bits.tobytes())
 
 
@@ -71,10 +73,13 @@ def _sum_columns(values: NDArray[np.float64]) -> NDArray[np.float64]:
     width = values.shape[1]
     edges = np.arange(SIDE + 1) * width
     column, left = edges // SIDE, edges % SIDE
-    up_to = np.zeros((SIDE, width + 1))
-    np.cumsum(values, axis=1, out=up_to[:, 1:])
-    sums = up_to[:, column] * SIDE + values[:, np.minimum(column, width - 1)] * left
-    return np.diff(sums, axis=1)
+    # reduceat gives one column where two edges cut the same one, and none lies between
+    has_whole = np.diff(column) > 0
+    sums = np.add.reduceat(values, column[:-1], axis=1) * (SIDE * has_whole)
+    if left.any():
+        cut = values[:, np.minimum(column, width - 1)] * left
+        sums += np.diff(cut, axis=1)
+    return np.asarray(sums)
 
 
 @lru_cache(maxsize=1)

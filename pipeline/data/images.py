@@ -152,7 +152,8 @@ def _to_rgb(image: Image.Image) -> tuple[Pixels, bool]:
     elif image.has_transparency_data:
         rgba = np.asarray(image.convert("RGBA"))
     else:
-        return np.array(image.convert("RGB")), False
+        # convert would copy what is RGB already
+        return np.array(image if image.mode == "RGB" else image.convert("RGB")), False
     if rgba[..., 3].min() == 255:
         return rgba[..., :3].copy(), False
     colour, alpha16 = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
