@@ -139,8 +139,7 @@ class TokenLoader:
         image_tokens = np.empty((len(ids), n_image), np.int64)
         captions = [""] * len(ids)
         for k, here in self._rows.by_set(sets):
-            image_tokens[here] = self._image_tokens(k, ids[here], epochs[here])
-            texts = self._rows.readers[k].captions(ids[here])
+            image_tokens[here], texts = self._read(k, ids[here], epochs[here])
             for i, caption in zip(here.tolist(), texts, strict=True):
                 captions[i] = caption
         text_tokens, is_cut = self._text_tokens(captions, sets, ids, epochs)
@@ -152,22 +151,22 @@ class TokenLoader:
             torch.from_numpy(is_cut),
         )
 
-    def _image_tokens(self, k: int, ids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """Codes of rows of set ``k``, each of the crop of its epoch: uint16 [n, n_image]."""
+    def _read(self, k: int, ids: np.ndarray, epochs: np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """Codes uint16 [n, n_image] of the crops that rows of set ``k`` show, and captions."""
         reader, seed = self._rows.readers[k], self._rows.seeds[k]
         n_crops, n_vocab = reader.made_of["crops"], reader.made_of["n_vocab"]
         crops = None
         if n_crops > 1:
             first = np.zeros(len(ids), np.int64)
             crops = first if seed is None else crop_of(seed, epochs, ids, n_crops)
-        image_tokens = reader.image_tokens(ids, crops)
+        image_tokens, captions = reader.captioned_tokens(ids, crops)
         if (largest := int(image_tokens.max())) >= n_vocab:
             key = reader.keys(ids)[int(image_tokens.max(axis=1).argmax())]
             raise InputError(
                 f"{reader.folder}: row {key!r} holds image token {largest}, the vocabulary is "
                 f"0..{n_vocab - 1}: data_prep.verify finds the damaged shard"
             )
-        return image_tokens
+        return image_tokens, captions
 
     def _text_tokens(
         self, captions: list[str], sets: np.ndarray, ids: np.ndarray, epochs: np.ndarray

@@ -6,29 +6,25 @@ against its crc32 and parsed; from then on only the place of its buffers is kept
 where they stand. A file that is another one than before (size, time, inode) is checked anew.
 """
 
-import itertools
 import os
-import struct
 import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pyarrow import ipc
 
 from pipeline.console import InputError
+from pipeline.data.gather import Column, Located, Rows, Source, read_all, width_of
 from pipeline.data.schema import COPY_AGAIN, read_batch_table
-
-Rows = NDArray[np.int64]
 
 MAX_OPEN = 256  # files at once; many systems stop a process at 1024
 _SHARD, _NUMBER, _ROWS, _AT, _BYTES, _CRC = range(6)  # columns of RecordBatches._facts
-_TWO = struct.Struct("<ii")
 
 
 class _File:
@@ -37,9 +33,7 @@ class _File:
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.identity = identity(os.fstat(self._descriptor))
-
-    def read(self, size: int, at: int) -> bytes:
-        return os.pread(self._descriptor, size, at)
+        self.read = partial(os.pread, self._descriptor)
 
     def __del__(self) -> None:
         # not set when the file could not be opened
@@ -88,12 +82,11 @@ class RecordBatches:
         rows = [shard["rows"] for shard in self._shards]
         self.starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)]).astype(np.int64)
         self._paths = [str(folder / shard["name"]) for shard in self._shards]
-        # number of a column's first buffer: strings have two, offsets and bytes
-        self._buffer_of: dict[str, int] = {}
+        self._columns: dict[str, Column] = {}
         n_buffers = 0
         for field in schema:
-            self._buffer_of[field.name] = n_buffers
-            n_buffers += 1 + _is_variable(field.type)
+            self._columns[field.name] = Column(n_buffers, width_of(field.type))
+            n_buffers += self._columns[field.name].n_buffers
         # one row for each record batch of the touched shards, in the order of their rows
         self._first = np.empty(0, np.int64)
         self._facts = np.empty((0, 6), np.int64)
@@ -117,69 +110,37 @@ class RecordBatches:
             more = f" ({len(problems) - 1} more shards are damaged)" if len(problems) > 1 else ""
             raise InputError(problems[0] + more)
 
-    # ---- rows
+    def locate(self, rows: Rows) -> Located:
+        """Rows, int64 [n] in any order and with repeats, of which columns can then be read.
 
-    def fixed(self, name: str, rows: Rows, width: int, part: Rows | None = None) -> np.ndarray:
-        """Values of a column whose values have one length.
-
-        Args:
-            name: of the column.
-            rows: int64 [n], any order, with repeats.
-            width: bytes to read of each row.
-            part: int64 [n], which of the parts of ``width`` bytes of each row; the first if None.
-
-        Returns:
-            uint8 [n, width], owned.
+        Raises:
+            InputError: a shard or a record batch of theirs is not what was written.
         """
         places, rows = _ascending(rows)
-        pitch = _width(self.schema.field(name).type)
+        if rows.size and not 0 <= rows[0] <= rows[-1] < self.starts[-1]:
+            raise IndexError(f"rows {rows[0]}..{rows[-1]} of a set of {self.starts[-1]}")
+        shards = (self.starts.searchsorted(rows, side="right") - 1).tolist()
         with self._lock:
-            batches, sources = self._find(rows)
-            at = self._buffers[batches, self._buffer_of[name]]
-            at += (rows - self._first[batches]) * pitch
-            if part is not None:
-                at += (part if places is None else part[places]) * width
-            # one read for what stands side by side
-            seams = np.flatnonzero((np.diff(at) != width) | (np.diff(batches) != 0)) + 1
-            where, parts = at.tolist(), []
-            for start, stop in _runs(seams, len(rows)):
-                size = (stop - start) * width
-                parts.append(self._read(sources[start], size, where[start], batches[start]))
-        values = np.frombuffer(b"".join(parts), np.uint8).reshape(len(rows), width)
-        if places is None:
-            return values.copy()
-        result = np.empty_like(values)
-        result[places] = values
-        return result
-
-    def variable(self, name: str, rows: Rows) -> list[bytes]:
-        """Values of a column of strings or bytes, in the order of ``rows``."""
-        places, rows = _ascending(rows)
-        values: list[bytes] = []
-        buffer = self._buffer_of[name]
-        with self._lock:
-            batches, sources = self._find(rows)
-            at = (self._buffers[batches, buffer] + (rows - self._first[batches]) * 4).tolist()
-            data_at = self._buffers[batches, buffer + 1].tolist()
-            seams = np.flatnonzero((np.diff(rows) != 1) | (np.diff(batches) != 0)) + 1
-            for start, stop in _runs(seams, len(rows)):
-                source, n = sources[start], stop - start
-                data = self._read(source, 4 * n + 4, at[start], batches[start])
-                ends = _TWO.unpack(data) if n == 1 else struct.unpack(f"<{n + 1}i", data)
-                first, size = ends[0], ends[-1] - ends[0]
-                if first < 0 or size < 0:
-                    raise self._damaged(batches[start], "its offsets run backwards")
-                data = self._read(source, size, data_at[start] + first, batches[start])
-                if n == 1:
-                    values.append(data)
-                else:
-                    values += (data[a - first : z - first] for a, z in itertools.pairwise(ends))
-        if places is None:
-            return values
-        result = [b""] * len(values)
-        for place, value in zip(places.tolist(), values, strict=True):
-            result[place] = value
-        return result
+            files = {k: self._file(k) for k in dict.fromkeys(shards)}
+            # their numbers change when a shard is touched, so that they are asked for behind it
+            batches = self._first.searchsorted(rows, side="right") - 1
+            sources: list[Source]
+            if self._n_held:
+                sources = self._in_memory(batches, files)
+            else:
+                unchecked = batches[~self._checked[batches]]
+                for b in dict.fromkeys(unchecked.tolist()):
+                    self._parse(b, self._message(b, files[int(self._facts[b, _SHARD])]))
+                sources = [files[k] for k in shards]
+            return Located(
+                places,
+                batches,
+                rows - self._first[batches],
+                self._buffers[batches],
+                sources,
+                self._columns,
+                partial(self._damaged, self._facts),
+            )
 
     def whole(self, k: int) -> Iterator[pa.RecordBatch]:
         """The record batches of shard ``k``, each read and checked now."""
@@ -194,22 +155,7 @@ class RecordBatches:
 
     # ---- record batches
 
-    def _find(self, rows: Rows) -> tuple[Rows, list[_File] | list[_Held]]:
-        """Record batch of each of ``rows``, ascending, and what its bytes are to be read from."""
-        if rows.size and not 0 <= rows[0] <= rows[-1] < self.starts[-1]:
-            raise IndexError(f"rows {rows[0]}..{rows[-1]} of a set of {self.starts[-1]}")
-        shards = (np.searchsorted(self.starts, rows, side="right") - 1).tolist()
-        files = {k: self._file(k) for k in dict.fromkeys(shards)}
-        # their numbers change when a shard is touched, so that they are asked for behind it
-        batches = np.searchsorted(self._first, rows, side="right") - 1
-        if self._n_held:
-            return batches, self._in_memory(batches, files)
-        if not self._checked[batches].all():
-            for b in dict.fromkeys(batches[~self._checked[batches]].tolist()):
-                self._parse(b, self._message(b, files[int(self._facts[b, _SHARD])]))
-        return batches, [files[k] for k in shards]
-
-    def _in_memory(self, batches: Rows, files: dict[int, _File]) -> list[_Held]:
+    def _in_memory(self, batches: Rows, files: dict[int, _File]) -> list[Source]:
         """Sources of the rows of ``batches`` when whole record batches are kept."""
         held: dict[int, _Held] = {}
         for b in dict.fromkeys(batches.tolist()):
@@ -227,9 +173,11 @@ class RecordBatches:
     def _message(self, b: int, file: _File) -> bytes:
         """The bytes of a record batch as they were written."""
         at, size, crc = self._facts[b, [_AT, _BYTES, _CRC]].tolist()
-        message = self._read(file, size, at, b)
+        message = read_all(file, size, at, partial(self._damaged, self._facts, b))
         if (found := zlib.crc32(message)) != crc:
-            raise self._damaged(b, f"its bytes are not those that were written (crc32 {found:08x})")
+            raise self._damaged(
+                self._facts, b, f"its bytes are not those that were written (crc32 {found:08x})"
+            )
         return message
 
     def _parse(self, b: int, message: bytes) -> pa.RecordBatch:
@@ -238,36 +186,25 @@ class RecordBatches:
         try:
             batch = ipc.read_record_batch(ipc.read_message(buffer), self.schema)
         except (pa.ArrowException, OSError) as error:
-            raise self._damaged(b, f"Arrow cannot read it ({error})") from error
+            raise self._damaged(self._facts, b, f"Arrow cannot read it ({error})") from error
         at, n_rows = self._facts[b, [_AT, _ROWS]].tolist()
         if batch.num_rows != n_rows:
-            raise self._damaged(b, f"it has {batch.num_rows} rows, its sidecar says {n_rows}")
+            raise self._damaged(
+                self._facts, b, f"it has {batch.num_rows} rows, its sidecar says {n_rows}"
+            )
         where = []
-        for column in batch.columns:
+        for name, column in zip(self.schema.names, batch.columns, strict=True):
             # the last ones: what lies before them says which values are missing, and none are
-            buffers = column.buffers()[-1 - _is_variable(column.type) :]
+            buffers = column.buffers()[-self._columns[name].n_buffers :]
             # an empty buffer may stand anywhere
             where += [at + (part.address - buffer.address if part else 0) for part in buffers]
         self._buffers[b] = where
         self._checked[b] = True
         return batch
 
-    def _read(self, source: _File | _Held, size: int, at: int, b: int) -> bytes:
-        """Bytes of record batch ``b``, all ``size`` of them."""
-        try:
-            data = source.read(size, at)
-            # systems may give less at a time than was asked for
-            while len(data) < size and (more := source.read(size - len(data), at + len(data))):
-                data += more
-        except OSError as error:
-            raise self._damaged(b, f"it cannot be read ({error.strerror})") from error
-        if len(data) < size:
-            end = at + len(data)
-            raise self._damaged(b, f"the file ends at byte {end}, {at + size} was expected")
-        return data
-
-    def _damaged(self, b: int, what: str) -> InputError:
-        shard, number = self._facts[b, [_SHARD, _NUMBER]].tolist()
+    def _damaged(self, facts: Rows, b: int, what: str) -> InputError:
+        """A sentence about record batch ``b`` of a table that may have grown since."""
+        shard, number = facts[b, [_SHARD, _NUMBER]].tolist()
         return InputError(
             f"{self._paths[shard]}, record batch {number}: {what}; data_prep.verify lists all "
             "damage; copy the shard again or prepare the set again"
@@ -325,17 +262,6 @@ class RecordBatches:
         self._touched[k] = True
 
 
-def _is_variable(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_binary(kind)
-
-
-def _width(kind: pa.DataType) -> int:
-    """Bytes of one value of a column whose values have one length."""
-    if pa.types.is_fixed_size_list(kind):
-        return int(kind.list_size * kind.value_type.bit_width // 8)
-    return int(kind.bit_width // 8)
-
-
 def _ascending(rows: Rows) -> tuple[Rows | None, Rows]:
     """``rows`` sorted, and where each was; None when they came so."""
     rows = np.asarray(rows, np.int64)
@@ -343,9 +269,3 @@ def _ascending(rows: Rows) -> tuple[Rows | None, Rows]:
         return None, rows
     places = np.argsort(rows, kind="stable")
     return places, rows[places]
-
-
-def _runs(seams: np.ndarray, n: int) -> Iterator[tuple[int, int]]:
-    """The ranges of 0..n-1 between ``seams``."""
-    edges = [0, *seams.tolist(), n] if n else []
-    return itertools.pairwise(edges)

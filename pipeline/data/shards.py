@@ -10,9 +10,10 @@ import pyarrow as pa
 
 from pipeline.console import InputError
 from pipeline.data.commit import ShardWriter, write_manifest, write_shard
+from pipeline.data.gather import Located, Rows
 from pipeline.data.images import Pixels, decode_image, enlarge
 from pipeline.data.places import Place
-from pipeline.data.pread import RecordBatches, Rows
+from pipeline.data.pread import RecordBatches
 from pipeline.data.schema import (
     SOURCES,
     image_sha,
@@ -127,17 +128,16 @@ class ShardReader:
         """
         kind = self.schema.field(name).type
         if pa.types.is_string(kind):
-            return self._text(name, rows)
+            return self._text(self._batches.locate(rows), name)
         if pa.types.is_binary(kind):
-            return self._batches.variable(name, rows)
+            return self._batches.locate(rows).variable(name)
         if pa.types.is_fixed_size_binary(kind):
             width = kind.byte_width
-            data = self._batches.fixed(name, rows, width).tobytes()
+            data = self._batches.locate(rows).fixed(name).tobytes()
             return [data[i : i + width] for i in range(0, len(data), width)]
         is_list = pa.types.is_fixed_size_list(kind)
         dtype = np.dtype((kind.value_type if is_list else kind).to_pandas_dtype())
-        width = dtype.itemsize * (kind.list_size if is_list else 1)
-        values = self._batches.fixed(name, rows, width).view(dtype)
+        values = self._batches.locate(rows).fixed(name).view(dtype)
         return values if is_list else values[:, 0]
 
     def image_tokens(self, rows: Rows, crops: Rows | None = None) -> np.ndarray:
@@ -150,23 +150,35 @@ class ShardReader:
         Returns:
             uint16 [n, Y*X] of the crops, else uint16 [n, K*Y*X]; owned.
         """
-        n_image, n_crop = self.made_of["grid"] ** 2, self.made_of["crops"]
-        width = 2 * n_image * (n_crop if crops is None else 1)
-        if crops is not None and crops.size and not 0 <= crops.min() <= crops.max() < n_crop:
-            raise IndexError(f"crops {crops.min()}..{crops.max()} of a set of {n_crop} an image")
-        return self._batches.fixed("image_tokens", rows, width, crops).view(np.uint16)
+        return self._image_tokens(self._batches.locate(rows), crops)
+
+    def captioned_tokens(
+        self, rows: Rows, crops: Rows | None = None
+    ) -> tuple[np.ndarray, list[str]]:
+        """``image_tokens`` and ``captions`` of the same rows, which are looked for once."""
+        located = self._batches.locate(rows)
+        return self._image_tokens(located, crops), self._text(located, "caption")
+
+    def _image_tokens(self, located: Located, crops: Rows | None) -> np.ndarray:
+        n_crops = self.made_of["crops"]
+        if crops is None:
+            return located.fixed("image_tokens").view(np.uint16)
+        if crops.size and not 0 <= crops.min() <= crops.max() < n_crops:
+            raise IndexError(f"crops {crops.min()}..{crops.max()} of a set of {n_crops} an image")
+        width = 2 * self.made_of["grid"] ** 2
+        return located.fixed("image_tokens", width, crops).view(np.uint16)
 
     def captions(self, rows: Rows) -> list[str]:
         """Captions of many rows."""
-        return self._text("caption", rows)
+        return self._text(self._batches.locate(rows), "caption")
 
     def keys(self, rows: Rows) -> list[str]:
         """Keys of many rows."""
-        return self._text("key", rows)
+        return self._text(self._batches.locate(rows), "key")
 
-    def _text(self, name: str, rows: Rows) -> list[str]:
+    def _text(self, located: Located, name: str) -> list[str]:
         try:
-            return [value.decode() for value in self._batches.variable(name, rows)]
+            return [value.decode() for value in located.variable(name)]
         except UnicodeDecodeError as error:
             # not what was written, for Arrow writes no other text
             raise InputError(
@@ -183,7 +195,7 @@ class ShardReader:
         if self.kind != "pairs":
             raise InputError(f"{self.folder} is a set of {self.kind}, pictures come from pairs")
         if self.made_of["bytes"] == "inline":
-            return self._batches.variable("image", rows)
+            return self._batches.locate(rows).variable("image")
         columns = [self.column(name, rows) for name in _REFERENCE]
         return [
             self._referred(dict(zip(_REFERENCE, values, strict=True)))

@@ -202,17 +202,22 @@ def test_reads_that_give_less_at_a_time_are_gone_on_with(folder, monkeypatch):
 
 
 def test_a_disk_that_fails_is_a_sentence(folder, monkeypatch):
+    real, fails = os.pread, [False]
+
+    def pread_once(descriptor, size, at):
+        if fails[0]:
+            raise OSError(5, "Input/output error")
+        return real(descriptor, size, at)
+
+    monkeypatch.setattr(os, "pread", pread_once)
     reader = ShardReader(folder)
     check(reader, [3])
-
-    def broken(*_):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "pread", broken)
+    fails[0] = True
     for row in (3, 30):
-        words = r"shard-0000\d\.arrow, record batch \d: it cannot be read \(Input/output error\)"
-        with pytest.raises(InputError, match=words):
-            reader.image_tokens(np.array([row]))
+        for read in (reader.image_tokens, reader.captions):
+            words = r"shard-0000\d\.arrow, record batch \d: it cannot be read \(Input/output error"
+            with pytest.raises(InputError, match=words):
+                read(np.array([row]))
 
 
 def test_all_shards_that_are_missing_or_cut_are_counted_at_once(folder):

@@ -5,6 +5,7 @@ import pytest
 
 from pipeline.console import InputError
 from pipeline.data import commit
+from pipeline.data.gather import Located
 from pipeline.data.shards import ShardReader, ShardWriter, Side, split_of
 from tests.pipeline.data.helpers import (
     PAIRS,
@@ -186,7 +187,7 @@ def test_text_that_is_damaged_behind_a_right_checksum_is_a_sentence(tmp_path, mo
     with ShardWriter(tmp_path, "pairs", PAIRS) as writer:
         writer.add(pair_row("k", b"i"))
     reader = ShardReader(tmp_path)
-    monkeypatch.setattr(reader._batches, "variable", lambda *_: [b"\xff"])
+    monkeypatch.setattr(Located, "variable", lambda *_: [b"\xff"])
     for read in (reader.keys, reader.captions):
         with pytest.raises(InputError, match=r"damaged .*data_prep\.verify finds the shard"):
             read(np.array([0]))
