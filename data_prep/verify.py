@@ -34,7 +34,7 @@ from pipeline.files import json_bytes
 
 SHOWN = 5  # damaged shards that a message names
 # what belongs into the folder of a set besides its shards
-BESIDE = ("manifest.json", SOURCES, "rejects.json", "rejects.jsonl", "plan.json", "report.html")
+BESIDE = ("manifest.json", SOURCES, "plan", "rejects.json", "rejects.jsonl", "report.html")
 
 log = logger("verify")
 

@@ -121,6 +121,7 @@ def test_command_says_what_the_set_was_made_of_and_what_does_not_belong(tmp_path
     make(tmp_path, "pairs")
     ledger = {"rows_in": 30, "rows_out": 25, "rejects": {"empty file": 3, "caption blank": 2}}
     (tmp_path / "rejects.json").write_text(json.dumps(ledger))
+    (tmp_path / "plan").mkdir()
     for name in ("shard-00003.arrow", "shard-00003.json", ".shard-00004.arrow.12.tmp", "a.txt"):
         (tmp_path / name).write_bytes(b"old")
     done = run(tmp_path)

@@ -296,6 +296,32 @@ def test_enlarging_is_linear_between_pixel_centres():
     np.testing.assert_allclose(larger, np.dstack([np.asarray(p) for p in pillow]), atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("shape", "size", "expected"),
+    [((6, 10), 12, (12, 20)), ((10, 6), 9, (15, 9)), ((7, 10), 9, (9, 13)), ((6, 10), 6, (6, 10))],
+)
+def test_small_pictures_are_enlarged_to_their_shorter_side(shape, size, expected):
+    image = np.random.default_rng(8).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    assert images.enlarged_shape(*shape, size) == expected
+    larger = images.enlarge(image, size)
+    assert larger.shape == (*expected, 3)
+    pillow = Image.fromarray(image).resize(expected[::-1], Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(larger, np.asarray(pillow))
+    # what is large enough is left alone
+    assert images.enlarge(image, min(shape)) is image
+    assert images.enlarge(image, 3) is image
+
+
+def test_a_thread_too_long_to_be_enlarged_is_named(monkeypatch):
+    monkeypatch.setattr(images, "PIXEL_LIMIT", 16 * 16 * 100)
+    thread = np.zeros((8, 800, 3), np.uint8)
+    assert images.enlarge(thread, 16).shape == (16, 1600, 3)
+    for refuse in (lambda: images.enlarge(thread, 17), lambda: images.enlarged_shape(8, 800, 17)):
+        with pytest.raises(ImageError, match="1700x17 pixels") as caught:
+            refuse()
+        assert caught.value.reason == "too long to be enlarged"
+
+
 # ---- augmentation
 
 

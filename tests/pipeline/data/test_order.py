@@ -40,6 +40,12 @@ def test_order_does_not_depend_on_how_it_is_cut(n, block):
     assert order.samples(9, 9).shape == (0,)
 
 
+def chi2(counts):
+    """Against all cells alike."""
+    expected = counts.sum() / counts.size
+    return ((counts - expected) ** 2 / expected).sum()
+
+
 def test_neighbours_are_unrelated():
     n = 65537
     ids = Order(n, seed=0).samples(0, n)
@@ -47,9 +53,10 @@ def test_neighbours_are_unrelated():
     assert abs(np.corrcoef(ids[:-1], ids[1:])[0, 1]) < 0.016
     # the steps must be spread evenly too: over 256 cells chi2 has mean 255, deviation 22.6
     steps = np.diff(ids) % n * 256 // n
-    counts = np.bincount(steps, minlength=256)
-    expected = (n - 1) / 256
-    assert ((counts - expected) ** 2 / expected).sum() < 255 + 5 * 22.6
+    assert chi2(np.bincount(steps, minlength=256)) < 255 + 5 * 22.6
+    # and so must the pairs: over 64 x 64 cells it has mean 4095, deviation 90
+    pairs = (ids[:-1] * 64 // n) * 64 + ids[1:] * 64 // n
+    assert 4095 - 5 * 90 < chi2(np.bincount(pairs, minlength=4096)) < 4095 + 5 * 90
 
 
 def test_order_is_the_same_in_every_version():
