@@ -15,6 +15,7 @@ from pipeline.data.images import PIXEL_LIMIT, ImageError, Pixels, inspect_image
 from pipeline.data.schema import image_sha, split_of
 
 CAPTION_LIMIT = 10_000  # characters
+IN_A_TABLE = "the picture stands in a column of a table"
 
 
 class Reject(Exception):
@@ -81,9 +82,16 @@ def _is_read(char: str) -> bool:
 
 
 def check_row(
-    pair: RawPair, source: int, filters: Filters, val_fraction: float, excluded: HashList | None
+    pair: RawPair,
+    source: int,
+    filters: Filters,
+    val_fraction: float,
+    excluded: HashList | None,
+    must_refer: bool = False,
 ) -> tuple[Fact, Pixels | None]:
     """The facts of a row, and its pixels uint8 [H, W, 3] when it could be decoded.
+
+    ``must_refer`` refuses pictures that stand in no file of their own.
 
     The cheapest checks come first, so a row has the first reason that is found.
     """
@@ -97,6 +105,8 @@ def check_row(
     try:
         if pair.problem is not None or pair.caption is None or pair.image is None:
             raise Reject(pair.problem or "caption missing", pair.detail)
+        if must_refer and not pair.file:
+            raise Reject("cannot be referred to (without --reference it is kept)", IN_A_TABLE)
         facts["size"] = len(pair.image)
         facts["caption"], notes = clean_caption(pair.caption)
         _refuse(judge_caption(facts["caption"], filters))

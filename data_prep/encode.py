@@ -201,6 +201,7 @@ class _Encoder:
     def __init__(self, tools: _Tools) -> None:
         self._tools = tools
         self._busy = 0.0
+        self._pictures = 0
         self._start = time.perf_counter()
 
     def codes(
@@ -240,15 +241,17 @@ class _Encoder:
             self._busy += timing[0].elapsed_time(timing[1]) / 1000
         return codes
 
-    def busy(self) -> float:
-        """The share of the time since the start in which the dVAE worked."""
-        return self._busy / (time.perf_counter() - self._start)
+    def pace(self, more: int = 0) -> str:
+        """Pictures a second since the start, ``more`` of them new, and how busy the dVAE was."""
+        self._pictures += more
+        seconds = time.perf_counter() - self._start
+        return f"{self._pictures / seconds:.1f} images/s, dVAE busy {self._busy / seconds:.0%}"
 
 
 def process_shard(
     job: Job, k: int, advance: Callable[[int, str], None] | None = None
-) -> tuple[int, float]:
-    """Write token shard ``k``; returns its rows and the share of the time that the dVAE worked.
+) -> tuple[int, str]:
+    """Write token shard ``k``; returns its rows and the pace of it.
 
     ``advance`` is told of rows as they are done.
 
@@ -270,14 +273,14 @@ def process_shard(
                     row = {name: values[i] for name, values in columns.items()}
                     yield row | {"image_tokens": codes[i]}
                 if advance is not None:
-                    advance(n, f"dVAE busy {encoder.busy():.0%}")
+                    advance(n, encoder.pace(n * n_crops))
 
     entry = tools.pairs.manifest["shards"][k]
     with ThreadPoolExecutor(min(threads, DECODERS)) as pool, closing(rows(pool)) as made:
         n_train = entry["rows"] - entry["val_rows"]
         # those for validation are the last, here as there
         shard = write_shard(job.out, k, "tokens", islice(made, n_train), job.made_of, made)
-    return int(shard["rows"]), encoder.busy()
+    return int(shard["rows"]), encoder.pace()
 
 
 # ---- the job
@@ -309,9 +312,9 @@ def encode(
             if alone
             else (partial(process_shard, job))
         )
-        for _, (n, busy) in run(task, todo, engine=engine, workers=n_workers, gpus=1):
+        for _, (n, pace) in run(task, todo, engine=engine, workers=n_workers, gpus=1):
             if not alone:
-                bar.advance(n, f"dVAE busy {busy:.0%}")
+                bar.advance(n, f"{pace}, of one worker")
     if not all(is_committed(job.out, k, job.made_of, n) for k, n in enumerate(rows)):
         log.info("done; other ranks are still at work, the last one writes the manifest")
         return None

@@ -100,10 +100,11 @@ def write_facts(out: Path, k: int, facts: list[Fact]) -> None:
 def _checked(
     plan: Plan, k: int, excluded: HashList | None, advance: Callable[[int], None] | None
 ) -> Iterator[tuple[Fact, Pixels | None]]:
-    settings = plan.settings
+    taken = plan.settings
+    must_refer = taken.bytes == "reference"
     for number, piece in plan.pieces(k):
         for pair in plan.where[number].open().rows(piece):
-            yield check_row(pair, number, settings.filters, settings.val_fraction, excluded)
+            yield check_row(pair, number, taken.filters, taken.val_fraction, excluded, must_refer)
             if advance is not None:
                 advance(pair.n_bytes)
 

@@ -247,10 +247,26 @@ def ingest(job: Job, team: Team, only_inspect: bool = False) -> dict[str, Any] |
         InputError: no row is accepted, ``out`` holds another set, or whatever a shard raises.
     """
     plan = job.plan
-    if (plan.out / "manifest.json").exists():
+    if _is_finished(plan):
         return _same_set(plan)
     if not plan.shards:
         raise InputError(f"no picture and no caption in {', '.join(plan.names)}: {PAIRS}")
+    try:
+        summary = _make(job, team, only_inspect)
+    except (InputError, OSError):
+        if not _is_finished(plan):
+            raise
+        summary = None
+    if summary is None and _is_finished(plan):
+        # another job in this folder was faster, and has tidied up
+        shutil.rmtree(plan.out / "facts", ignore_errors=True)
+        return _same_set(plan)
+    return summary
+
+
+def _make(job: Job, team: Team, only_inspect: bool) -> dict[str, Any] | None:
+    """Both passes over this rank's shards, and the end if no other rank is still at work."""
+    plan = job.plan
     if not drops_path(plan.out).exists():
         _each("inspect", partial(inspect_shard, job), job, team, _is_inspected)
         if not _drops(plan, team, only_inspect):
@@ -263,19 +279,17 @@ def ingest(job: Job, team: Team, only_inspect: bool = False) -> dict[str, Any] |
         )
         return None
     _each("write", partial(process_shard, job), job, team, _is_written)
-    try:
-        if not all(_is_written(plan, k) for k in range(len(plan.shards))):
-            log.info("done; other ranks are still at work, the last one writes the manifest")
-            return None
-        return finish(plan)
-    except (InputError, OSError):
-        # another rank has finished the set, and tidied up, at this very moment
-        if (plan.out / "manifest.json").exists():
-            return None
-        raise
+    if not all(_is_written(plan, k) for k in range(len(plan.shards))):
+        log.info("done; other ranks are still at work, the last one writes the manifest")
+        return None
+    return finish(plan)
 
 
 PAIRS = "a pair is a picture and a .txt of one name; --help lists the other sources"
+
+
+def _is_finished(plan: Plan) -> bool:
+    return (plan.out / "manifest.json").exists()
 
 
 def _is_inspected(plan: Plan, k: int) -> bool:
@@ -323,6 +337,8 @@ def _drops(plan: Plan, team: Team, only_inspect: bool) -> bool:
     n_shards = len(plan.shards)
 
     def inspected() -> int:
+        if _is_finished(plan):  # by another job, while this one was looking
+            return n_shards
         return sum(_is_inspected(plan, k) for k in range(n_shards))
 
     if only_inspect and inspected() < n_shards:
@@ -331,7 +347,8 @@ def _drops(plan: Plan, team: Team, only_inspect: bool) -> bool:
         wait(inspected, n_shards, "shards are inspected")
         merge(plan)
     else:
-        wait(lambda: int(drops_path(plan.out).exists()), 1, "drop lists are there")
+        drops = drops_path(plan.out)
+        wait(lambda: int(drops.exists() or _is_finished(plan)), 1, "drop lists are there")
     return True
 
 

@@ -157,7 +157,7 @@ def _write(folder: Path, sources: list[Source], settings: Settings) -> dict[str,
         shards.append({"bytes": n_bytes, "sha256": sha256(text).hexdigest()})
     content = {
         "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
-        "sources": [{"kind": source.kind, "name": source.place.name} for source in sources],
+        "sources": [{"kind": source.kind, "name": source.name} for source in sources],
         "shards": shards,
     }
     digest = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -179,7 +179,14 @@ def make_plan(where: list[Where], settings: Settings, out: Path) -> Plan:
     if not path.exists():
         if (out / "manifest.json").exists():
             raise InputError(f"{out} holds a finished set: name another folder or delete it")
-        _place(out, [source.open() for source in where], settings)
+        sources = [source.open() for source in where]
+        for source in sources:
+            if settings.bytes == "reference" and not source.can_refer:
+                raise InputError(
+                    f"--reference: {source.name} holds its pictures in a column, and nothing can "
+                    "refer to a part of that: ingest it without --reference"
+                )
+        _place(out, sources, settings)
     return _same(out, where, settings)
 
 
@@ -218,7 +225,7 @@ def _same(out: Path, where: list[Where], settings: Settings) -> Plan:
                 f"{out} is planned with {name} {json.dumps(found.get(name))} and not "
                 f"{json.dumps(wanted[name])}: name another folder, or delete that one"
             )
-    named = tuple(source.open().place.name for source in where)
+    named = tuple(source.open().name for source in where)
     if named != names:
         raise InputError(
             f"{out} is planned for the sources {', '.join(names)} and not {', '.join(named)}: "

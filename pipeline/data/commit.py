@@ -27,7 +27,7 @@ from pipeline.data.schema import (
     schema_of,
     shard_name,
 )
-from pipeline.files import filling, write_json
+from pipeline.files import filling, json_bytes, write_bytes, write_json
 
 # of a record batch, at most and about: a reader checks a whole one when it first wants a row of it
 BATCH_ROWS = 2048
@@ -145,10 +145,6 @@ class ShardFile:
                 os.fsync(file.fileno())
             digest, sums = _checksums(file, [(at, size) for _, at, size in self._spans])
             size = os.fstat(file.fileno()).st_size
-        sidecar = self.path.with_suffix(".json")
-        # a sidecar of an earlier try must not vouch for the new file
-        sidecar.unlink(missing_ok=True)
-        os.replace(self._temporary, self.path)
         shard = {
             "name": self.path.name,
             "rows": self.rows,
@@ -157,8 +153,21 @@ class ShardFile:
             "sha256": digest,
         }
         batches = [[*span, crc] for span, crc in zip(self._spans, sums, strict=True)]
-        write_json(sidecar, self.record | shard | {"batches": batches})
+        self._place(json_bytes(self.record | shard | {"batches": batches}))
         return shard
+
+    def _place(self, record: bytes) -> None:
+        """Give the file its name, and write the record that vouches for it."""
+        sidecar = self.path.with_suffix(".json")
+        with contextlib.suppress(OSError):
+            # another job has written the same shard, and may be reading it
+            if sidecar.read_bytes() == record and self.path.is_file():
+                os.replace(self._temporary, self.path)
+                return
+        # a sidecar of an earlier try must not vouch for the new file
+        sidecar.unlink(missing_ok=True)
+        os.replace(self._temporary, self.path)
+        write_bytes(sidecar, record)
 
     def abort(self) -> None:
         """Leave nothing behind."""

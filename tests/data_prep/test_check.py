@@ -106,3 +106,10 @@ def test_captions_that_say_nothing_are_rejected(data, reason):
     with pytest.raises(Reject) as caught:
         clean_caption(data)
     assert caught.value.reason == reason
+
+
+def test_a_picture_in_a_table_is_refused_where_only_references_are_kept():
+    rows = [RawPair("k", PNG, b"a good caption", file=file) for file in ("", "a.tar")]
+    filters = Filters(image_size=32)
+    reasons = [check_row(row, 0, filters, 0.0, None, must_refer=True)[0].reason for row in rows]
+    assert reasons == ["cannot be referred to (without --reference it is kept)", ""]

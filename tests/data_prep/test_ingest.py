@@ -517,6 +517,31 @@ def test_a_damaged_ledger_of_a_finished_set_is_a_sentence(tmp_path):
             make([tmp_path / "in"], tmp_path / "out", 8)
 
 
+@pytest.mark.dist
+def test_two_jobs_in_one_folder_at_once_make_one_set(tmp_path):
+    root = small_set(tmp_path / "in", 12)
+    arguments = ["--image-size", "32", "--any-language", "--rows-per-shard", "2", "--workers", "1"]
+    command = [sys.executable, "-m", "data_prep.ingest", str(root), "--out"]
+    jobs = [
+        subprocess.Popen(
+            [*command, str(tmp_path / "both"), *arguments],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    said = [job.communicate() for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0], said
+    assert len({out for out, _ in said}) == 1
+    subprocess.run([*command, str(tmp_path / "one"), *arguments], cwd=ROOT, check=True)
+    assert bytes_of(tmp_path / "both") == bytes_of(tmp_path / "one")
+    other = run(root, "--out", tmp_path / "both", "--image-size", "16")
+    assert other.returncode == 2
+    assert other.stderr.splitlines()[-1] == (
+        f"error: {tmp_path}/both is planned with image_size 32 and not 16: name another folder, or "
+        "delete that one"
+    )
+
+
 @pytest.mark.ray
 def test_ray_makes_the_bytes_of_ranks_though_a_worker_is_killed(tmp_path):
     root = small_set(tmp_path / "in", 9)

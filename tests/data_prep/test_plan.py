@@ -5,8 +5,10 @@ import json
 import tarfile
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet as pq
 
 from data_prep import plan as plans
 from data_prep.filters import Filters
@@ -160,3 +162,21 @@ def test_damage_to_a_plan_is_a_sentence(tmp_path):
 def test_settings_that_will_not_do(changes, said):
     with pytest.raises(InputError, match=said):
         Settings(**changes)
+
+
+def test_pictures_in_a_column_cannot_be_referred_to(tmp_path):
+    table = pa.table({"image": [picture()], "caption": ["a red square"]})
+    pq.write_table(table, tmp_path / "one.parquet")
+    settings = Settings(bytes="reference")
+    with pytest.raises(InputError, match=r"one\.parquet holds its pictures in a column"):
+        make_plan([Where(str(tmp_path / "one.parquet"))], settings, tmp_path / "out")
+    assert make_plan([Where(str(tmp_path / "one.parquet"))], Settings(), tmp_path / "out")
+
+
+def test_two_archives_of_one_folder_are_two_sources(tmp_path):
+    for name in ("a.tar", "b.tar"):
+        archive_of(tmp_path / name, 2, 0)
+    where = [Where(str(tmp_path / name)) for name in ("a.tar", "b.tar")]
+    assert make_plan(where[:1], Settings(), tmp_path / "out").names == ("a.tar",)
+    with pytest.raises(InputError, match=r"sources a\.tar and not b\.tar"):
+        make_plan(where[1:], Settings(), tmp_path / "out")
