@@ -7,11 +7,10 @@ learned per position by the transformer and have no id here: a position without 
 belongs to the word that follows, digits stand alone.
 """
 
-import heapq
-import random
 import struct
-from collections.abc import Callable
+from collections.abc import Sequence
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 import sentencepiece
 
 from pipeline.console import InputError
+from pipeline.data.bpe_dropout import BpeDropout
 from pipeline.data.schema import read_json
 from pipeline.files import write_json
 
@@ -53,10 +53,11 @@ class Tokenizer:
         if self.n_vocab < _FIRST_BYTE + 256 or self._processor.id_to_piece(1) != "<0x00>":
             raise InputError(f"{path} has no bytes to fall back to: train it with train_tokenizer")
         # pieces that text can become, with id and score: not <unk>, not the names of the bytes
-        self._known: dict[str, tuple[int, float]] = {
+        pieces = {
             self._processor.id_to_piece(i): (i, self._processor.get_score(i))
             for i in range(_FIRST_BYTE + 256, self.n_vocab)
         }
+        self._bpe = BpeDropout(pieces, _FIRST_BYTE)
         self.fingerprint = _fingerprint(self._processor, str(self.facts.get("normalizer")))
         for name, found in (("n_vocab", self.n_vocab), ("fingerprint", self.fingerprint)):
             if self.facts.get(name) != found:
@@ -66,79 +67,68 @@ class Tokenizer:
                 )
 
     def encode(self, caption: str, *, dropout: float = 0.0, seed: int | None = None) -> list[int]:
-        """Tokens of a caption, of any length.
+        """Tokens of one caption: a batch of one, see ``encode_batch``."""
+        return self.encode_batch([caption], dropout, None if seed is None else [seed])[0]
+
+    def encode_batch(
+        self, captions: Sequence[str], dropout: float = 0.0, seeds: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """Tokens of captions of any length.
 
         Args:
-            caption: any text; control characters vanish, line breaks count as spaces.
+            captions: any text; control characters vanish, line breaks count as spaces.
             dropout: share of the merges to leave out, in [0, 1]; the paper trains with 0.1.
-            seed: not negative; the same seed gives the same tokens in every process, whatever was
-                encoded before.
+            seeds: one a caption, in 0..2^64-1; the same caption and seed give the same tokens in
+                every process, whatever was encoded before. Not read without dropout.
 
         Raises:
-            InputError: dropout without a seed or outside [0, 1], or text that is not Unicode.
+            InputError: dropout without seeds or outside [0, 1], a seed outside its range, or text
+                that is not Unicode.
         """
-        try:
-            caption.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"caption {caption!r} is not Unicode text: {error.reason}") from error
+        for caption in captions:
+            try:
+                caption.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"caption {caption[:80]!r} is not Unicode text: {error.reason} at character "
+                    f"{error.start}"
+                ) from error
         if dropout == 0.0:
-            ids: list[int] = self._processor.encode(caption)
-            return ids
-        if seed is None or not 0.0 < dropout <= 1.0:
-            raise InputError(f"dropout {dropout}, seed {seed}: it lies in [0, 1] and takes a seed")
-        return self._sample(self._processor.normalize(caption), dropout, random.Random(seed).random)
+            tokens: list[list[int]] = self._processor.encode(list(captions), num_threads=1)
+            return tokens
+        if not 0.0 < dropout <= 1.0:
+            raise InputError(f"dropout {dropout} is outside [0, 1]: the paper's is 0.1")
+        if seeds is None or len(seeds) != len(captions):
+            n_seeds = 0 if seeds is None else len(seeds)
+            raise InputError(
+                f"dropout {dropout} takes a seed a caption: {len(captions)} captions, "
+                f"{n_seeds} seeds"
+            )
+        seeds = [int(seed) for seed in seeds]
+        for seed in seeds:
+            if not 0 <= seed < 1 << 64:
+                raise InputError(f"seed {seed} is outside 0..2^64-1: make it with sample_seed")
+        return self._bpe.sample(self._processor.normalize(list(captions)), dropout, seeds)
 
-    def _sample(self, text: str, dropout: float, draw: Callable[[], float]) -> list[int]:
-        """Merge the best pair again and again, leaving each merge out when ``draw() < dropout``.
+    def pad(self, ids: Sequence[int], n_text: int) -> tuple[np.ndarray, bool]:
+        """One row of ``pad_batch``: int64 [n_text] and whether the caption was cut."""
+        tokens, is_cut = self.pad_batch([ids], n_text)
+        return tokens[0], bool(is_cut[0])
 
-        The merges of sentencepiece; not its sampler, which gives other tokens in every process
-        whatever the seed (0.2.3): a run that resumes would not repeat itself.
-        """
-        symbols = list(text)
-        n = len(symbols)
-        # neighbours of each symbol that is left; n is behind the last, -1 before the first
-        before, behind = list(range(-1, n - 1)), list(range(1, n + 1))
-        agenda: list[tuple[float, int, int, str]] = []
-
-        def offer(left: int, right: int) -> None:
-            if (
-                left >= 0
-                and right < n
-                and (known := self._known.get(symbols[left] + symbols[right]))
-            ):
-                heapq.heappush(agenda, (-known[1], left, right, symbols[left] + symbols[right]))
-
-        for i in range(n - 1):
-            offer(i, i + 1)
-        while agenda:
-            _, left, right, piece = heapq.heappop(agenda)
-            # one of the two has been merged with another since
-            if not symbols[left] or not symbols[right] or symbols[left] + symbols[right] != piece:
-                continue
-            if draw() < dropout:
-                continue
-            symbols[left], symbols[right] = piece, ""
-            behind[left] = behind[right]
-            if behind[left] < n:
-                before[behind[left]] = left
-            offer(before[left], left)
-            offer(left, behind[left])
-        return [i for symbol in symbols if symbol for i in self._ids_of(symbol)]
-
-    def _ids_of(self, symbol: str) -> list[int]:
-        known = self._known.get(symbol)
-        return [known[0]] if known else [_FIRST_BYTE + byte for byte in symbol.encode()]
-
-    def pad(self, ids: list[int], n_text: int) -> tuple[np.ndarray, bool]:
-        """Tokens as the model takes them: int32 [n_text] and whether the caption was cut.
+    def pad_batch(self, ids: Sequence[Sequence[int]], n_text: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens as the model takes them: int64 [B, n_text], and which were cut, bool [B].
 
         ``NO_TOKEN`` stands where the caption has ended. At most ``n_text - 1`` tokens are kept: the
         start token takes an input position, so the last of ``n_text`` would never be read.
         """
-        tokens = np.full(n_text, NO_TOKEN, np.int32)
-        kept = ids[: n_text - 1]
-        tokens[: len(kept)] = kept
-        return tokens, len(kept) < len(ids)
+        room = n_text - 1
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        tokens = np.full((len(ids), n_text), NO_TOKEN, np.int64)
+        kept = np.minimum(lengths, room)
+        tokens[np.arange(n_text) < kept[:, None]] = np.fromiter(
+            chain.from_iterable(row[:room] for row in ids), np.int64, kept.sum()
+        )
+        return tokens, lengths > room
 
     def pieces(self, ids: list[int]) -> list[str]:
         """The piece of each token, for people; ``▁`` is a space, ``<0x41>`` a byte."""

@@ -65,8 +65,9 @@ def test_no_text_is_unknown(tokenizer):
     assert tokenizer.decode(tokenizer.encode(ODD[2])) == ODD[2]
     assert tokenizer.decode(tokenizer.encode(ODD[3])) == "abc 1\u20442 fi ß é"
     assert tokenizer.decode(tokenizer.encode(ODD[4])) == ODD[4]
-    with pytest.raises(InputError, match="is not Unicode text"):
-        tokenizer.encode("a\ud800")
+    for dropout in (0.0, 0.5):
+        with pytest.raises(InputError, match=r"'a.ud800' is not Unicode text.*at character 1"):
+            tokenizer.encode_batch(["b", "a\ud800"], dropout, [0, 0])
 
 
 def test_dropout_depends_on_its_seed_alone(tokenizer):
@@ -86,15 +87,17 @@ def test_dropout_depends_on_its_seed_alone(tokenizer):
 
 def test_sampling_makes_the_merges_of_sentencepiece(tokenizer):
     # with a dropout that never strikes: the merges of the library, one by one
-    for caption in captions(200, seed=3) + ODD:
-        assert tokenizer.encode(caption, dropout=1e-15, seed=0) == tokenizer.encode(caption)
+    texts = captions(200, seed=3) + ODD
+    plain = [tokenizer._processor.encode(text) for text in texts]
+    assert tokenizer.encode_batch(texts) == plain
+    assert tokenizer.encode_batch(texts, 1e-15, range(len(texts))) == plain
+    for text, ids in zip(texts, plain, strict=True):
+        assert tokenizer.encode(text, dropout=1e-15, seed=0) == tokenizer.encode(text) == ids
     # with one that does: the library's sampler in the mean
     processor = tokenizer._processor
     texts = captions(2000, seed=4)
     for dropout in (0.1, 0.5):
-        ours = [
-            len(tokenizer.encode(text, dropout=dropout, seed=i)) for i, text in enumerate(texts)
-        ]
+        ours = [len(ids) for ids in tokenizer.encode_batch(texts, dropout, range(len(texts)))]
         theirs = [
             len(processor.encode(text, enable_sampling=True, alpha=dropout, nbest_size=-1))
             for text in texts
@@ -104,22 +107,43 @@ def test_sampling_makes_the_merges_of_sentencepiece(tokenizer):
         assert abs(np.mean(ours) - np.mean(theirs)) < 5 * error
 
 
+def test_a_batch_is_its_captions(tokenizer):
+    texts = captions(30, seed=5)
+    for n in (0, 1, 7, 8, 30):
+        found = tokenizer.encode_batch(texts[:n], 0.3, range(n))
+        assert found == [tokenizer.encode(texts[i], dropout=0.3, seed=i) for i in range(n)]
+        assert tokenizer.encode_batch(texts[:n]) == [tokenizer.encode(text) for text in texts[:n]]
+    # the company makes no difference, nor does the place
+    assert tokenizer.encode_batch(texts[::-1], 0.3, range(29, -1, -1)) == found[::-1]
+
+
 def test_dropout_needs_a_seed_and_a_share(tokenizer):
-    with pytest.raises(InputError, match="seed None"):
+    with pytest.raises(InputError, match="1 captions, 0 seeds"):
         tokenizer.encode("a", dropout=0.1)
-    for dropout in (-0.1, 1.5):
-        with pytest.raises(InputError, match=f"dropout {dropout}"):
+    with pytest.raises(InputError, match="2 captions, 3 seeds"):
+        tokenizer.encode_batch(["a", "b"], 0.1, [1, 2, 3])
+    for dropout in (-0.1, 1.5, float("nan")):
+        with pytest.raises(InputError, match=f"dropout {dropout} is outside"):
             tokenizer.encode("a", dropout=dropout, seed=0)
+    for seed in (-1, 2**64):
+        with pytest.raises(InputError, match=f"seed {seed} is outside 0..2.64-1"):
+            tokenizer.encode("a", dropout=0.1, seed=seed)
 
 
 def test_pad_keeps_one_position_for_the_start(tokenizer):
-    for length, n_text in [(0, 4), (1, 4), (3, 4), (4, 4), (9, 4), (1, 1), (0, 1)]:
-        ids = list(range(100, 100 + length))
-        tokens, is_cut = tokenizer.pad(ids, n_text)
-        kept = min(length, n_text - 1)
-        assert tokens.dtype == np.int32
-        assert tokens.tolist() == ids[:kept] + [NO_TOKEN] * (n_text - kept)
-        assert is_cut == (length > n_text - 1)
+    lengths, rows = [0, 1, 3, 4, 9], [list(range(100, 100 + n)) for n in (0, 1, 3, 4, 9)]
+    for n_text in (1, 4, 12):
+        tokens, is_cut = tokenizer.pad_batch(rows, n_text)
+        assert (tokens.dtype, tokens.shape) == (np.int64, (5, n_text))
+        assert is_cut.tolist() == [length > n_text - 1 for length in lengths]
+        for ids, length, found, cut in zip(rows, lengths, tokens, is_cut, strict=True):
+            kept = min(length, n_text - 1)
+            assert found.tolist() == ids[:kept] + [NO_TOKEN] * (n_text - kept)
+            alone, is_alone_cut = tokenizer.pad(ids, n_text)
+            assert alone.tolist() == found.tolist()
+            assert is_alone_cut is bool(cut)
+    tokens, is_cut = tokenizer.pad_batch([], 4)
+    assert (tokens.shape, is_cut.shape) == ((0, 4), (0,))
     tokens, _ = tokenizer.pad(tokenizer.encode("a red dog"), 16)
     assert tokenizer.decode(tokens) == "a red dog"
 
@@ -186,31 +210,14 @@ def test_damaged_folders_are_named(tokenizer, tmp_path):
 def test_dropout_is_the_same_in_another_process(tokenizer):
     code = (
         "import sys; from pipeline.data.tokenizer import Tokenizer; "
-        "ids = Tokenizer(sys.argv[1]).encode('a red dog beside 4 cats', dropout=0.5, seed=11); "
+        "texts = ['a red dog beside 4 cats', 'a blue house'] * 10; "
+        "ids = Tokenizer(sys.argv[1]).encode_batch(texts, 0.5, range(11, 31)); "
         "sys.stdout.write(repr(ids))"
     )
     out = subprocess.run(
         [sys.executable, "-c", code, str(tokenizer.folder)], capture_output=True, check=True
     )
     here = tokenizer.encode("a red dog beside 4 cats", dropout=0.5, seed=11)
-    assert json.loads(out.stdout) == here
+    assert json.loads(out.stdout)[0] == here
     # and in every version: a resumed run repeats the tokens that it would have seen
-    assert tokenizer.pieces(here) == [
-        "▁",
-        "a",
-        "▁red",
-        "▁",
-        "d",
-        "o",
-        "g",
-        "▁b",
-        "e",
-        "s",
-        "ide",
-        "▁",
-        "4",
-        "▁",
-        "c",
-        "at",
-        "s",
-    ]
+    assert " ".join(tokenizer.pieces(here)) == "▁a ▁ r e d ▁ dog ▁ be s ide ▁ 4 ▁cat s"
