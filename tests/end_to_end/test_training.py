@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pipeline.console import InputError
 from pipeline.models.dalle import load_dalle
-from pipeline.models.dvae import load_dvae
+from pipeline.models.dvae import DiscreteVAE, load_dvae
 from pipeline.train_dalle import DalleStage
 from pipeline.train_dvae import DvaeStage
 from tests import tiny as runs
@@ -146,9 +146,13 @@ def test_the_dvae_trains_on_zero_3_as_on_plain_pytorch(made, preset, ranks):
         f"{preset}-{ranks}", stage="dvae", preset=preset, ranks=ranks, config=config
     )
     assert_same_losses(out, made.plain("dvae", preset))
-    plain, zero = load_dvae(made.plain("dvae", preset))[0], load_dvae(out)[0]
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(zero.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+    plain, zero = (load_dvae(run)[0].state_dict() for run in (made.plain("dvae", preset), out))
+    run = getattr(runs, preset)()
+    torch.manual_seed(run.seed)
+    start = DiscreteVAE(run.model).state_dict()
+    for name, value in plain.items():
+        # AdamW turns the rounding of a gradient that is nearly 0 into steps of a few elements
+        assert (zero[name] - value).norm() < 0.01 * (value - start[name]).norm(), name
 
 
 def test_two_ranks_killed_twice_and_resumed_are_never_stopped_bit_for_bit(made):
