@@ -1,0 +1,1 @@
+"""What ``data_prep.bench`` measures, and the made-up data that it measures with."""
