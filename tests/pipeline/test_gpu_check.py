@@ -109,6 +109,7 @@ ALL = {
     "attention": {"patterns": {}, "ratios": [RATIO]},
     "steps": {"train_step_s": 1},
     "pipeline": {"engine": "plain PyTorch"},
+    "encode": {"encode": {"job": {"images_per_s": 900}}},
 }
 
 
@@ -164,7 +165,7 @@ def test_a_stage_that_was_cut_keeps_what_it_measured(tmp_path: Path) -> None:
 
 def test_stages_without_time_are_named(tmp_path: Path) -> None:
     report = checked(tmp_path, ALL, minutes=0.6)
-    assert set(report["left_out"]) == {"attention", "pipeline"}
+    assert set(report["left_out"]) == {"attention", "pipeline", "encode"}
     assert report["left_out"]["pipeline"].endswith("s were left; it is begun with 60")
     assert report["steps"] == ALL["steps"]
     assert not report["complete"]
@@ -225,6 +226,37 @@ def test_steps_are_those_of_the_bench_on_the_device_at_hand(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     gpu_check.steps(tmp_path, Watch(1), "abc")
     assert asked[0][asked[0].index("--device") + 1] == "cuda"
+
+
+@pytest.mark.usefixtures("one_cpu_thread")
+def test_encode_is_that_of_its_bench_on_the_device_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = ["--image-size", "16", "--n-vocab", "24", "--n-hid", "8", "--runs", "1"]
+    monkeypatch.setattr(gpu_check, "ENCODER", [*gpu_check.ENCODER, *tiny])
+    found = gpu_check.encode(tmp_path, Watch(5), "abc")
+    assert found["commit"] == "abc"
+    assert found["encode"]["image_size"] == 16
+    assert found["encode"]["job"]["images_per_s"] > 0
+    assert "ingest" not in found
+    asked: list[str] = []
+
+    def instead(*words: str, watch: Watch) -> float:
+        asked.extend(words)
+        return 1.0
+
+    monkeypatch.setattr(gpu_check, "run", instead)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu_check.encode(tmp_path, Watch(1), "abc")
+    assert asked[asked.index("--device") + 1] == "cuda"
+
+
+def test_an_encoder_that_fails_half_way_measures_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "ENCODER", [*gpu_check.ENCODER, "--image-size", "12"])
+    with pytest.raises(InputError, match="image_size is 12"):
+        gpu_check.encode(tmp_path, Watch(5), "abc")
 
 
 def test_nothing_run_is_no_success(tmp_path: Path) -> None:
