@@ -73,7 +73,7 @@ def unreadable(error: OSError) -> str:
     return f"it cannot be read ({error.strerror})"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Located:
     """Rows whose record batches were checked.
 

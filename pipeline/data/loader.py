@@ -63,8 +63,11 @@ class _Rows:
         return sets, rows, epochs
 
     @staticmethod
-    def by_set(sets: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def by_set(sets: np.ndarray) -> Iterator[tuple[int, np.ndarray | slice]]:
         """Each set that occurs, and where."""
+        if not sets.any():
+            yield 0, slice(None)
+            return
         for k in np.unique(sets).tolist():
             yield k, np.flatnonzero(sets == k)
 
@@ -137,12 +140,10 @@ class TokenLoader:
         sets, ids, epochs = self._rows.at(position)
         n_image = self._rows.readers[0].made_of["grid"] ** 2
         image_tokens = np.empty((len(ids), n_image), np.int64)
-        captions = [""] * len(ids)
+        captions = np.empty(len(ids), object)
         for k, here in self._rows.by_set(sets):
-            image_tokens[here], texts = self._read(k, ids[here], epochs[here])
-            for i, caption in zip(here.tolist(), texts, strict=True):
-                captions[i] = caption
-        text_tokens, is_cut = self._text_tokens(captions, sets, ids, epochs)
+            image_tokens[here], captions[here] = self._read(k, ids[here], epochs[here])
+        text_tokens, is_cut = self._text_tokens(captions.tolist(), sets, ids, epochs)
         return Batch(
             torch.from_numpy(text_tokens),
             torch.from_numpy(image_tokens),
@@ -172,18 +173,13 @@ class TokenLoader:
         self, captions: list[str], sets: np.ndarray, ids: np.ndarray, epochs: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of the captions of a batch, int64 [B, n_text], and which of them were cut."""
-        text_tokens = np.empty((len(ids), self.n_text), np.int64)
-        is_cut = np.empty(len(ids), np.bool_)
-        numbers = zip(sets.tolist(), ids.tolist(), epochs.tolist(), strict=True)
-        for i, (k, sample, epoch) in enumerate(numbers):
-            seed = self._rows.seeds[k]
-            if self.dropout and seed is not None:
-                drawn = sample_seed(seed, epoch, sample)
-                tokens = self.tokenizer.encode(captions[i], dropout=self.dropout, seed=drawn)
-            else:
-                tokens = self.tokenizer.encode(captions[i])
-            text_tokens[i], is_cut[i] = self.tokenizer.pad(tokens, self.n_text)
-        return text_tokens, is_cut
+        drawn = None
+        if self.dropout:
+            numbers = zip(sets.tolist(), ids.tolist(), epochs.tolist(), strict=True)
+            seeds = [seed for seed in self._rows.seeds if seed is not None]
+            drawn = [sample_seed(seeds[k], epoch, sample) for k, sample, epoch in numbers]
+        tokens = self.tokenizer.encode_batch(captions, self.dropout, drawn)
+        return self.tokenizer.pad_batch(tokens, self.n_text)
 
 
 class PairLoader:

@@ -267,5 +267,5 @@ def _ascending(rows: Rows) -> tuple[Rows | None, Rows]:
     rows = np.asarray(rows, np.int64)
     if (rows[:-1] <= rows[1:]).all():
         return None, rows
-    places = np.argsort(rows, kind="stable")
+    places = rows.argsort()
     return places, rows[places]

@@ -44,21 +44,21 @@ class Side:
     """
 
     def __init__(self, first: Rows, counts: Rows) -> None:
-        self._first = np.asarray(first, np.int64)
-        self._ends = np.cumsum(counts, dtype=np.int64)
+        counts = np.asarray(counts, np.int64)
+        self._ends = np.cumsum(counts)
+        # from a sample to its row, in each shard
+        self._shift = np.asarray(first, np.int64) - (self._ends - counts)
+        self._n = int(counts.sum())
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._n
 
     def rows(self, samples: Rows) -> Rows:
         """Rows of the set of ``samples``, each in 0..len-1: int64 [n] -> int64 [n]."""
         samples = np.asarray(samples, np.int64)
-        if samples.size and not 0 <= samples.min() <= samples.max() < len(self):
-            raise IndexError(f"samples {samples.min()}..{samples.max()} of a side of {len(self)}")
-        shards = np.searchsorted(self._ends, samples, side="right")
-        # counted from the end of the range, for the beginning is not kept
-        before = np.concatenate([[0], self._ends[:-1]])[shards]
-        return self._first[shards] + samples - before
+        if samples.size and not 0 <= samples.min() <= samples.max() < self._n:
+            raise IndexError(f"samples {samples.min()}..{samples.max()} of a side of {self._n}")
+        return samples + self._shift[self._ends.searchsorted(samples, side="right")]
 
 
 class ShardReader:
