@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.engines import ENGINES, Launch, launch_of, run, workers_of
+from data_prep.engines import ENGINES, Launch, cores, launch_of, run, workers_of
 from pipeline.console import Bar, InputError, OwnError, command, logger
 from pipeline.data.commit import is_committed, write_manifest, write_shard
 from pipeline.data.images import Pixels, augment_dalle
@@ -261,7 +261,6 @@ def process_shard(
     tools = _tools(job.data, job.dvae, job.made_of["dtype"], job.local_rank)
     encoder = _Encoder(tools)
     n_crops = job.made_of["crops"]
-    threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def rows(pool: ThreadPoolExecutor) -> Generator[dict[str, Any], None, None]:
         # the next pictures are decoded while the dVAE works
@@ -276,7 +275,7 @@ def process_shard(
                     advance(n, encoder.pace(n * n_crops))
 
     entry = tools.pairs.manifest["shards"][k]
-    with ThreadPoolExecutor(min(threads, DECODERS)) as pool, closing(rows(pool)) as made:
+    with ThreadPoolExecutor(min(cores(), DECODERS)) as pool, closing(rows(pool)) as made:
         n_train = entry["rows"] - entry["val_rows"]
         # those for validation are the last, here as there
         shard = write_shard(job.out, k, "tokens", islice(made, n_train), job.made_of, made)

@@ -9,6 +9,7 @@ same twice.
 import importlib
 import importlib.util
 import os
+import re
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
-from pipeline.console import InputError, logger
+from pipeline.console import InputError, OwnError, logger
 
 T = TypeVar("T")
 
@@ -63,15 +64,20 @@ def launch_of(environment: dict[str, str]) -> Launch:
         step = _number(environment, "SLURM_ARRAY_TASK_STEP", 1)
         task = (_number(environment, "SLURM_ARRAY_TASK_ID") - first) // max(step, 1)
         rank, world = task * world + rank, world * _number(environment, "SLURM_ARRAY_TASK_COUNT")
+    if ("RANK" in environment) != ("WORLD_SIZE" in environment):
+        raise OwnError("of RANK and WORLD_SIZE the environment has one: set both, or neither")
     if not 0 <= rank < world:
-        raise InputError(f"the launcher says rank {rank} of {world}: start it again")
+        way_out = "start it again"
+        if "SLURM_ARRAY_TASK_ID" in environment:
+            way_out = "give the array a range, such as --array=0-7"
+        raise OwnError(f"the launcher says rank {rank} of {world}: {way_out}")
     return Launch(rank, world)
 
 
 def _number(environment: dict[str, str], name: str, default: int = 0) -> int:
     text = environment.get(name, str(default))
-    if not text.lstrip("-").isdigit():
-        raise InputError(f"the environment says {name}={text!r}, which is no number")
+    if re.fullmatch(r"-?[0-9]+", text) is None:
+        raise OwnError(f"the environment says {name}={text!r}, which is no number")
     return int(text)
 
 
@@ -83,8 +89,13 @@ def workers_of(asked: int | None, n_shards: int) -> int:
     """
     if asked is not None and not 1 <= asked <= MAX_WORKERS:
         raise InputError(f"--workers {asked} is outside 1..{MAX_WORKERS}")
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(cores if asked is None else asked, n_shards))
+    return max(1, min(cores() if asked is None else asked, n_shards))
+
+
+def cores() -> int:
+    """Cores that this rank may take of its machine, at least 1."""
+    ranks = max(1, _number(dict(os.environ), "LOCAL_WORLD_SIZE", 1))
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def run(
@@ -100,15 +111,18 @@ def run(
         gpus: that a Ray task takes, where the cluster has any.
 
     Raises:
-        InputError: a worker was killed, the engine is not installed, or what a task raises.
+        OwnError: a worker was killed, the engine is not installed, or what a task raises.
     """
-    if engine == "ray":
-        yield from _on_ray(task, shards, gpus)
-    elif workers == 1:
-        for k in shards:
-            yield k, task(k)
-    else:
-        yield from _beside(task, shards, workers)
+    try:
+        if engine == "ray":
+            yield from _on_ray(task, shards, gpus)
+        elif workers == 1:
+            for k in shards:
+                yield k, task(k)
+        else:
+            yield from _beside(task, shards, workers)
+    except InputError as error:  # other ranks read other shards: whoever meets it says it
+        raise OwnError(str(error)) from error
 
 
 def _beside(
@@ -124,7 +138,7 @@ def _beside(
                 yield futures.pop(future), future.result()
         except BrokenProcessPool as error:
             raise InputError(
-                f"one of {workers} worker processes was killed; was there enough memory? "
+                f"one of {workers} worker processes was killed or left; was there enough memory? "
                 "What is committed stays: start again, with fewer --workers if it was not"
             ) from error
         finally:

@@ -186,7 +186,7 @@ def _table(out: Path, k: int) -> pa.RecordBatch:
             return ipc.open_file(file).get_batch(0)
     except (OSError, pa.ArrowException) as error:
         raise InputError(
-            f"{path} is missing or damaged ({error}): delete it and start again"
+            f"{path} is missing or damaged ({error}): delete {path.parent} and start again"
         ) from error
 
 

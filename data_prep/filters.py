@@ -28,6 +28,7 @@ MIN_SIDE = 8  # pixels: what is smaller shows nothing, enlarged or not
 CONFIDENT = 0.5  # probability from which a caption in Latin letters is foreign
 FAR_BEHIND = 20  # times that English is less probable then
 MAX_REASONS = 100  # of a user's score
+MAX_REASON = 100  # characters of one
 LATIN_END = "\u0250"
 TOKEN = re.compile(r"\w+")
 # scripts that put no blanks between words: Thai, Lao, Burmese, Khmer, kana and ideographs
@@ -266,6 +267,16 @@ def _excerpt(caption: str) -> str:
     return repr(caption if len(caption) <= 80 else caption[:79] + "…")
 
 
+def _is_a_reason(reason: object) -> bool:
+    """Whether it can be counted and printed: a few words, nothing that moves a terminal."""
+    return (
+        isinstance(reason, str)
+        and bool(reason.strip())
+        and reason.isprintable()
+        and len(reason) <= MAX_REASON
+    )
+
+
 def load_score(spec: str) -> Score:
     """The user's own filter, ``FILE.py:FUNCTION``.
 
@@ -288,7 +299,7 @@ def load_score(spec: str) -> Score:
             reasons = function(pictures, captions)
         except InputError:
             raise
-        except Exception as error:  # the code is the user's: it may raise anything
+        except (Exception, SystemExit) as error:  # the code is the user's: it may raise anything
             raise InputError(f"score {spec!r} fails: {blame(error, spec)}") from error
         if not isinstance(reasons, list) or len(reasons) != len(pictures):
             got = f"a list of {len(reasons)}" if isinstance(reasons, list) else repr(reasons)[:80]
@@ -297,10 +308,10 @@ def load_score(spec: str) -> Score:
                 "long, of reasons to leave a picture out and None"
             )
         for reason in reasons:
-            if reason is not None and not (isinstance(reason, str) and reason.strip()):
+            if reason is not None and not _is_a_reason(reason):
                 raise InputError(
-                    f"score {spec!r} gives {reason!r}; it gives None to keep a picture, else the "
-                    "reason to leave it out in a few words"
+                    f"score {spec!r} gives {repr(reason)[:80]}; it gives None to keep a picture, "
+                    "else the reason to leave it out in a few words"
                 )
             given.add(reason)
         if len(given) > MAX_REASONS:

@@ -131,7 +131,7 @@ class HashList:
             InputError: the file cannot be read, holds no hash, or has a line that is none.
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         except OSError as error:
             raise InputError(f"hash list {path} cannot be read ({error.strerror})") from error
         except UnicodeDecodeError as error:

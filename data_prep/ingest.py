@@ -39,7 +39,7 @@ from data_prep.facts import (
     read_facts,
     read_merged,
 )
-from data_prep.filters import add_flags, filters_of
+from data_prep.filters import add_flags, filters_of, load_score
 from data_prep.ledger import Ledger, table
 from data_prep.page import write_page
 from data_prep.plan import (
@@ -248,6 +248,7 @@ def ingest(job: Job, team: Team, only_inspect: bool = False) -> dict[str, Any] |
     """
     plan = job.plan
     if _is_finished(plan):
+        shutil.rmtree(plan.out / "facts", ignore_errors=True)
         return _same_set(plan)
     if not plan.shards:
         raise InputError(f"no picture and no caption in {', '.join(plan.names)}: {PAIRS}")
@@ -285,7 +286,7 @@ def _make(job: Job, team: Team, only_inspect: bool) -> dict[str, Any] | None:
     return finish(plan)
 
 
-PAIRS = "a pair is a picture and a .txt of one name; --help lists the other sources"
+PAIRS = "--help lists what sources look like"
 
 
 def _is_finished(plan: Plan) -> bool:
@@ -385,6 +386,8 @@ def _same_set(plan: Plan) -> dict[str, Any]:
             f"{out} is finished, and {', '.join(plan.names)} has changed since (names or sizes of "
             "files): name another folder or delete it"
         )
+    if not all(is_committed(out, k, made_of(plan)) for k in range(len(plan.shards))):
+        raise InputError(f"{out} has a manifest and lacks shards: delete {out} and ingest again")
     log.info("%s holds this set already (same files by name and size); nothing to do", out)
     try:
         summary: dict[str, Any] = json.loads((out / "rejects.json").read_text(encoding="utf-8"))
@@ -469,8 +472,14 @@ def _job(args: argparse.Namespace) -> Job:
         score=_score_identity(args.score),
         rows_per_shard=args.rows_per_shard,
     )
-    where = [Where(source, args.images) for source in sorted(args.source)]
+    where = [Where(source, args.images) for source in sorted(args.source, key=_place_of)]
     return Job(make_plan(where, settings, args.out), args.exclude_hashes, args.score)
+
+
+def _place_of(source: str) -> tuple[str, str]:
+    """What sources are sorted by, however their paths are spelled."""
+    path = source if "://" in source else os.path.abspath(source)
+    return os.path.basename(path.rstrip("/")), path
 
 
 def _sha256(path: Path | None) -> str:
@@ -486,6 +495,9 @@ def _score_identity(score: str | None) -> str:
     if score is None:
         return ""
     path, _, function = score.rpartition(":")
+    if not path:
+        raise InputError(f"--score {score} names no function: give FILE.py:FUNCTION")
+    load_score(score)  # says what else is wrong with it
     return f"{_sha256(Path(path))} {function}"
 
 

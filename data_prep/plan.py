@@ -175,8 +175,11 @@ def make_plan(where: list[Where], settings: Settings, out: Path) -> Plan:
     Raises:
         InputError: a source is missing, or ``out`` is planned for another set.
     """
+    _check_names(out, where)
     path = out / "plan" / "plan.json"
     if not path.exists():
+        if (out / "plan").exists():
+            raise InputError(f"{out}/plan holds no plan.json: delete it and start again")
         if (out / "manifest.json").exists():
             raise InputError(f"{out} holds a finished set: name another folder or delete it")
         sources = [source.open() for source in where]
@@ -188,6 +191,17 @@ def make_plan(where: list[Where], settings: Settings, out: Path) -> Plan:
                 )
         _place(out, sources, settings)
     return _same(out, where, settings)
+
+
+def _check_names(out: Path, where: list[Where]) -> None:
+    """Names go into JSON and to libraries that take Unicode only."""
+    for path in (str(out), *(source.uri for source in where)):
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the name of {path!r} is not UTF-8: rename it") from error
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file: name a folder")
 
 
 def _place(out: Path, sources: list[Source], settings: Settings) -> None:

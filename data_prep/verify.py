@@ -151,7 +151,7 @@ def check_ledger(reader: ShardReader) -> dict[str, Any] | None:
         ledger: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         rows_in, rows_out = ledger["rows_in"], ledger["rows_out"]
         rejects = sum(ledger["rejects"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} lacks or garbles {error}: ingest again") from error
     if rows_out != len(reader) or rows_in != rows_out + rejects:
         raise InputError(

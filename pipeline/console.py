@@ -40,7 +40,7 @@ class OwnError(InputError):
 
 def is_first_rank() -> bool:
     """True in the one process of a launch that speaks for all of them."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return os.environ.get("RANK", "0") in ("", "0")
 
 
 def logger(name: str) -> logging.Logger:

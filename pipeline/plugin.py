@@ -37,7 +37,7 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
         found.loader.exec_module(module)
     except InputError:
         raise
-    except Exception as error:  # the code is the user's: it may raise anything
+    except (Exception, SystemExit) as error:  # the code is the user's: it may raise anything
         raise InputError(f"{what} {spec!r} cannot be made: {blame(error, spec)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -46,7 +46,7 @@ def load_function(spec: str, what: str) -> Callable[..., Any]:
     return loaded
 
 
-def blame(error: Exception, spec: str) -> str:
+def blame(error: BaseException, spec: str) -> str:
     """What the user's code raised and in which line of the file that ``spec`` names."""
     path = spec.rpartition(":")[0]
     lines = [

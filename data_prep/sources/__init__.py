@@ -35,6 +35,8 @@ def open_source(uri: str | Path, images: str | Path | None = None) -> Source:
     Raises:
         InputError: there is nothing, nothing of these, or it cannot be read.
     """
+    if not str(uri) or (images is not None and not str(images)):
+        raise InputError("a source without a name: give a path for SOURCE, and for --images")
     place = Place(uri)
     folder = None if images is None else Place(images)
     if folder is not None and not folder.is_folder():

@@ -147,7 +147,7 @@ def read_json(path: Path, schema_version: int = SCHEMA_VERSION) -> dict[str, Any
         raise InputError(
             f"{path} cannot be read ({error.strerror}): did the command that writes it finish?"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no JSON ({error}): copy or make it again") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != schema_version:

@@ -12,7 +12,7 @@ import pytest
 
 from data_prep import engines
 from data_prep.engines import Launch, launch_of, run, wait, workers_of
-from pipeline.console import InputError
+from pipeline.console import InputError, OwnError
 
 
 def square(folder: Path, k: int) -> int:
@@ -156,6 +156,16 @@ def test_a_launcher_that_contradicts_itself(environment):
         launch_of(environment)
 
 
+def test_what_one_rank_meets_that_rank_says():
+    with pytest.raises(OwnError, match="shard 1 will not do"):
+        list(run(refuse, [1], engine="local", workers=1))
+    with pytest.raises(OwnError, match="set both, or neither"):
+        launch_of({"RANK": "1"})
+    array = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "3"}
+    with pytest.raises(OwnError, match=r"rank 6 of 3: give the array a range, such as --array=0-7"):
+        launch_of(array | {"SLURM_ARRAY_TASK_ID": "7"})
+
+
 def test_workers(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
@@ -165,6 +175,11 @@ def test_workers(monkeypatch):
     assert workers_of(20, 100) == 20
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert workers_of(None, 100) == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    assert workers_of(None, 100) == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "two")
+    with pytest.raises(InputError, match="LOCAL_WORLD_SIZE='two', which is no number"):
+        workers_of(None, 100)
     for asked in (0, -1, 2000):
         with pytest.raises(InputError, match=r"outside 1\.\.1024"):
             workers_of(asked, 10)

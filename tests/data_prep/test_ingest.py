@@ -444,6 +444,43 @@ def test_a_source_that_is_gone_is_a_sentence(tmp_path):
         make([tmp_path / "nowhere"], tmp_path / "out")
 
 
+def test_sources_come_in_the_same_order_however_they_are_spelled(tmp_path, monkeypatch):
+    for name in ("b", "a"):
+        write_pair(tmp_path / name, name, "png", encoded(NOISE), b"one picture of noise")
+    monkeypatch.chdir(tmp_path)
+    parse = ingest_module._parser().parse_args
+    keys = []
+    for i, spelled in enumerate((["b", "./a"], ["./b", "a"], [f"{tmp_path}/b/", "a"])):
+        out = ["--out", str(tmp_path / f"out{i}"), "--image-size", "32"]
+        ingest(ingest_module._job(parse([*spelled, *out])), Team(workers=1))
+        keys.append(list(read(tmp_path / f"out{i}")))
+    assert keys == [["a"]] * 3
+
+
+def test_a_score_that_leaves_or_says_too_much_is_a_sentence(tmp_path):
+    root = small_set(tmp_path / "in", 2)
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "import sys\n"
+        "def leave(pictures, captions):\n    sys.exit(0)\n"
+        "def shout(pictures, captions):\n    return ['\\x1b[2J'] * len(pictures)\n"
+        "def talk(pictures, captions):\n    return ['a' * 101] * len(pictures)\n"
+    )
+    for name, said in (("leave", "SystemExit"), ("shout", "x1b"), ("talk", "in a few words")):
+        with pytest.raises(InputError, match=rf"score .*judge\.py:{name}'.*{said}"):
+            make([root], tmp_path / name, score=f"{judge}:{name}")
+    with pytest.raises(InputError, match=r"FILE\.py:FUNCTION"):
+        ingest_module._score_identity(str(judge))
+
+
+def test_a_finished_set_without_a_shard_is_not_finished(tmp_path):
+    root = small_set(tmp_path / "in")
+    make([root], tmp_path / "out", rows_per_shard=2)
+    (tmp_path / "out" / "shard-00001.arrow").unlink()
+    with pytest.raises(InputError, match=r"has a manifest and lacks shards: delete .*/out and"):
+        make([root], tmp_path / "out", rows_per_shard=2)
+
+
 def test_nothing_accepted_is_an_input_error_with_the_commonest_reason(tmp_path):
     root, out = small_set(tmp_path / "in"), tmp_path / "out"
     write_pair(root, "bad", "png", b"", b"c")

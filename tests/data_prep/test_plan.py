@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -171,6 +173,23 @@ def test_pictures_in_a_column_cannot_be_referred_to(tmp_path):
     with pytest.raises(InputError, match=r"one\.parquet holds its pictures in a column"):
         make_plan([Where(str(tmp_path / "one.parquet"))], settings, tmp_path / "out")
     assert make_plan([Where(str(tmp_path / "one.parquet"))], Settings(), tmp_path / "out")
+
+
+def test_names_that_nobody_can_write_down(tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/b\xff")
+    with pytest.raises(InputError, match="is not UTF-8: rename it"):
+        make_plan([Where(name)], Settings(), tmp_path / "out")
+    source = Where(str(folder_of(tmp_path / "in", 1)))
+    with pytest.raises(InputError, match="is not UTF-8: rename it"):
+        make_plan([source], Settings(), Path(name))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file: name a folder"):
+        make_plan([source], Settings(), tmp_path / "file")
+    (tmp_path / "out" / "plan").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"out/plan holds no plan\.json: delete it"):
+        make_plan([source], Settings(), tmp_path / "out")
+    with pytest.raises(InputError, match="a source without a name"):
+        Where(str(tmp_path / "in"), "").open()
 
 
 def test_two_archives_of_one_folder_are_two_sources(tmp_path):
