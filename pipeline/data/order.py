@@ -101,7 +101,7 @@ class Order:
             raise InputError(
                 f"positions {start}..{stop} are no range: 0 <= start <= stop is needed"
             )
-        parts = []
+        start, stop, parts = int(start), int(stop), []
         while start < stop:
             epoch, first = divmod(start, self.n)
             chunk = first // CHUNK

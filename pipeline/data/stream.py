@@ -85,28 +85,31 @@ class Stream:
         """
         if position < 0:
             raise InputError(f"position {position} is negative")
-        cycle, slot = np.divmod(np.arange(position, position + self.batch), len(self._slots))
-        lanes = self._slots[slot]
-        # the how manieth of its lane
-        places = cycle * self._counts[lanes] + self._before[slot]
-        samples = np.empty_like(places)
-        epochs = np.empty_like(places)
-        for lane, (length, order) in enumerate(zip(self._lengths, self._orders, strict=True)):
-            here = np.flatnonzero(lanes == lane)
-            if not here.size:
-                continue
-            first, last = int(places[here[0]]), int(places[here[-1]])
-            epochs[here] = places[here] // length
-            if order is None:
-                samples[here] = places[here] % length
-            else:
-                samples[here] = order.samples(first, last + 1)
+        places = np.arange(position, position + self.batch)
+        if len(self._lengths) == 1:
+            lanes = np.zeros_like(places)
+            samples, epochs = self._in_lane(0, places)
+        else:
+            cycle, slot = np.divmod(places, len(self._slots))
+            lanes = self._slots[slot]
+            # the how manieth of its lane
+            places = cycle * self._counts[lanes] + self._before[slot]
+            samples, epochs = np.empty_like(places), np.empty_like(places)
+            for lane in np.unique(lanes).tolist():
+                here = np.flatnonzero(lanes == lane)
+                samples[here], epochs[here] = self._in_lane(lane, places[here])
         mine = slice(self.rank, None, self.world)
         sets, samples, epochs = lanes[mine], samples[mine], epochs[mine]
         if not self._is_mixed:
             sets = np.searchsorted(self._ends, samples, side="right")
             samples = samples - np.concatenate([[0], self._ends])[sets]
         return sets, samples, epochs
+
+    def _in_lane(self, lane: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Samples and epochs of a range of places of one lane."""
+        epochs, first = np.divmod(places, self._lengths[lane])
+        order = self._orders[lane]
+        return (first if order is None else order.samples(places[0], places[-1] + 1)), epochs
 
 
 def cycle_of(weights: Sequence[int], n_sets: int) -> np.ndarray:
