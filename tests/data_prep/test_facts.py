@@ -112,9 +112,7 @@ def test_damage_is_a_sentence(tmp_path):
     write_facts(tmp_path, 0, random_shards(seed=3, n_shards=1)[0])
     whole = facts_path(tmp_path, 0).read_bytes()
     facts_path(tmp_path, 0).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(
-        InputError, match=r"is missing or damaged .*: delete .*/facts and"
-    ):
+    with pytest.raises(InputError, match=r"is missing or damaged .*: delete .*/facts and"):
         list(read_facts(tmp_path, 0))
     facts_path(tmp_path, 0).write_bytes(whole)
     facts_path(tmp_path, 0).with_suffix(".npy").write_bytes(b"")
