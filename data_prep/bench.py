@@ -102,7 +102,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="of the code; what git says when left out")
     parser.add_argument("--out", type=Path, help="also save as JSON, after every part")
     group = parser.add_argument_group("ingest")
-    group.add_argument("--images", type=int, default=512, help="pictures (default 512)")
+    group.add_argument("--images", type=int, default=1200, help="pictures (default 1,200)")
     group.add_argument("--side", type=int, default=512, help="pixels a side (default 512)")
     group = parser.add_argument_group("loader")
     group.add_argument("--samples", type=int, default=100_000, help="(default 100,000)")
@@ -124,7 +124,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ``InputError`` for flags that cannot be measured."""
-    least = {"runs": 1, "images": ingest.FEW + 1, "side": 256, "samples": 1, "grid": 1}
+    least = {"runs": 1, "images": 4, "side": 256, "samples": 1, "grid": 1}
     for name, n in least.items():
         value = getattr(args, name)
         require(value >= n, f"--{name} is {value}; take at least {n}")

@@ -1,8 +1,9 @@
 """Images a second that one core takes in, and what each part of ingest costs.
 
-The job is the command as users start it, with one process and every filter on. What it takes
-beside its pictures (imports, the language model, the examples on the page) is measured on a few of
-them and subtracted: a job of a whole shard or more does not feel it.
+The job is the command as users start it, with one process and every filter on. Before it is under
+way it imports, loads the language model, makes the examples of the page, and is given its memory:
+a quarter of the pictures is measured for itself and subtracted, for a job of a whole shard or more
+does not feel the start.
 """
 
 import io
@@ -20,7 +21,6 @@ from data_prep import facts
 from data_prep.check import clean_caption
 from data_prep.filters import Filters, judge_caption
 from data_prep.hashes import phash
-from data_prep.ledger import ACCEPTED_EXAMPLES
 from data_prep.plan import Settings, Where, make_plan
 from data_prep.sources import RawPair, open_source
 from data_prep.speed.clock import Times, timed, timed_command
@@ -28,7 +28,6 @@ from data_prep.speed.inputs import write_tars
 from pipeline.data.images import decode_image
 from pipeline.data.schema import image_sha
 
-FEW = ACCEPTED_EXAMPLES + 8  # pictures of the job that is subtracted: with all of its examples
 PARTS = 128  # pictures whose parts are measured, at most
 
 
@@ -69,19 +68,20 @@ class _Job:
 
 
 def measure(folder: Path, n: int, side: int, runs: int) -> dict[str, Any]:
-    """Times of ingest on ``n`` pictures, more than ``FEW``, of ``side`` pixels a side.
+    """Times of ingest on ``n`` pictures, at least 4, of ``side`` pixels a side.
 
     Archives and one set at a time are written into ``folder``.
     """
+    n_few = n // 4
     some, few = (
         _Job(write_tars(folder / "tars", n, side)),
-        _Job(write_tars(folder / "few", FEW, side)),
+        _Job(write_tars(folder / "few", n_few, side)),
     )
     _Job(few.tars).passes(folder / "warm")  # loads the language model
     for _ in range(runs):
         few.run(folder / "set")
         ledger = some.run(folder / "set")
-    more, n_bytes = n - FEW, sum(tar.stat().st_size for tar in some.tars)
+    more, n_bytes = n - n_few, sum(tar.stat().st_size for tar in some.tars)
     return {
         "pictures": {
             "n": n,
@@ -93,7 +93,7 @@ def measure(folder: Path, n: int, side: int, runs: int) -> dict[str, Any]:
         "inspect": some.inspect.without(few.inspect).of(more, "images"),
         "merge": some.merge.of(n, "images"),
         "write": some.write.without(few.write).of(more, "images"),
-        "start": few.job.of(FEW, "images"),
+        "quarter": few.job.of(n_few, "images"),
         "parts": _parts(some.tars[0], runs),
     }
 

@@ -59,24 +59,23 @@ def check_times(measured, n, what="images"):
 # ---- what is measured
 
 
-def test_ingest_whole_by_pass_and_in_parts(tmp_path, monkeypatch, commands, capsys):
-    monkeypatch.setattr(ingest, "FEW", 2)
-    found = ingest.measure(tmp_path, 6, 256, runs=2)
+def test_ingest_whole_by_pass_and_in_parts(tmp_path, commands):
+    found = ingest.measure(tmp_path, 9, 256, runs=2)
     assert {name: found["pictures"][name] for name in ("n", "taken", "side")} == {
-        "n": 6, "taken": 6, "side": 256
+        "n": 9, "taken": 9, "side": 256
     }  # fmt: skip
     for name in ("job", "inspect", "write"):
-        check_times(found[name], 4)
+        check_times(found[name], 7)
         assert len(found[name]["cpu_s"]["runs"]) == 2
-    # what the commands are said to take, without that of the first two pictures
+    # what the commands are said to take, without that of a quarter of the pictures
     for name in ("job", "write"):
         assert found[name]["images_per_cpu_s"] == 20
         assert found[name]["images_per_s"] == 10
-    assert found["start"]["cpu_s"]["min"] == 2.6
-    check_times(found["merge"], 6)
+    assert found["quarter"]["cpu_s"]["min"] == 2.6
+    check_times(found["merge"], 9)
     assert set(found["parts"]) == {"read", "caption", "sha256", "jpeg decoder", "decode", "phash"}
     for part in found["parts"].values():
-        check_times(part, 6)
+        check_times(part, 9)
     # one process, and no filter off
     flags = {word for words in commands for word in words if word.startswith("--")}
     assert flags == {"--out", "--workers"}
@@ -387,7 +386,7 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_p
     ("flags", "words"),
     [
         (["--runs", "0"], "--runs is 0; take at least 1"),
-        (["--images", "32"], "--images is 32; take at least 33"),
+        (["--images", "3"], "--images is 3; take at least 4"),
         (["--side", "255"], "--side is 255; take at least 256"),
         (["--samples", "0"], "--samples is 0"),
         (["--grid", "0"], "--grid is 0"),
@@ -448,5 +447,5 @@ def test_the_whole_bench_runs_as_a_command(tmp_path, monkeypatch):
     names = {target["name"] for target in result["targets"]}
     assert names == set(bench.TARGETS) - {"share of time that the dVAE keeps a GPU busy"}
     # the processes that it starts count for it too
-    started = result["ingest"]["start"]["cpu_s"]["min"] + result["encode"]["job"]["command_cpu_s"]
+    started = result["ingest"]["quarter"]["cpu_s"]["min"] + result["encode"]["job"]["command_cpu_s"]
     assert times.cpu_s[0] > started
