@@ -12,7 +12,7 @@ Sets = Sequence[tuple[ShardReader, Side]]
 
 # of the training commands
 MIX_HELP = "weight of each set, whole numbers; without: the sets are read as if they were one"
-BLOCK_HELP = "keep to blocks of neighbouring rows, for network disks"
+BLOCK_HELP = "keep to blocks of neighbouring rows, for network disks; holds 0.6 GB of tokens a rank"
 
 # a window of blocks touches two record batches a block, for its seams are not theirs; and the next
 # window begins before this one has ended
