@@ -124,11 +124,11 @@ def survive(
     for _ in range(kills):
         job = start(command(folder / "killed"), draw.randint(1, 3))
         try:
-            job.wait(draw.uniform(0.3, 1.0) * seconds)
+            job.communicate(timeout=draw.uniform(0.3, 1.0) * seconds)
         except subprocess.TimeoutExpired:
             hit += 1
-        os.killpg(job.pid, signal.SIGKILL)
-        job.communicate()
+            os.killpg(job.pid, signal.SIGKILL)
+            job.communicate()
     finish(command(folder / "killed"), 2)
     return digests(folder / "calm"), digests(folder / "killed"), hit
 
