@@ -311,9 +311,14 @@ def encode(
             if alone
             else (partial(process_shard, job))
         )
-        for _, (n, pace) in run(task, todo, engine=engine, workers=n_workers, gpus=1):
-            if not alone:
-                bar.advance(n, f"{pace}, of one worker")
+        try:
+            for _, (n, pace) in run(task, todo, engine=engine, workers=n_workers, gpus=1):
+                if not alone:
+                    bar.advance(n, f"{pace}, of one worker")
+        except OSError:
+            # another job in this folder has finished the set, and tidied up
+            if not (job.out / "manifest.json").exists():
+                raise
     if not all(is_committed(job.out, k, job.made_of, n) for k, n in enumerate(rows)):
         log.info("done; other ranks are still at work, the last one writes the manifest")
         return None

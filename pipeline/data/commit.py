@@ -350,4 +350,8 @@ def write_manifest(
         "made_of": made_of,
     }
     write_json(folder / "manifest.json", manifest)
+    # what jobs that were killed left behind; one that still writes a shard writes it for nothing
+    for path in folder.glob(".*.tmp"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
     return manifest
