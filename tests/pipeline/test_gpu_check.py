@@ -228,27 +228,35 @@ def test_steps_are_those_of_the_bench_on_the_device_at_hand(
     assert asked[0][asked[0].index("--device") + 1] == "cuda"
 
 
-@pytest.mark.usefixtures("one_cpu_thread")
 def test_encode_is_that_of_its_bench_on_the_device_at_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[str] = []
+
+    def instead(*words: str, watch: Watch) -> float:
+        asked[:] = words
+        Path(words[words.index("--out") + 1]).write_text('{"encode": {"dtype": "float16"}}')
+        return 1.0
+
+    monkeypatch.setattr(gpu_check, "run", instead)
+    for is_there, device in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=is_there: found)
+        found = gpu_check.encode(tmp_path, Watch(1), "abc")
+        assert found == {"encode": {"dtype": "float16"}}
+        assert asked[1:5] == ["-m", "data_prep.bench", "--device", device]
+        assert asked[-4:] == ["--commit", "abc", "--only", "encode"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_cpu_thread")
+def test_encode_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = ["--image-size", "16", "--n-vocab", "24", "--n-hid", "8", "--runs", "1"]
     monkeypatch.setattr(gpu_check, "ENCODER", [*gpu_check.ENCODER, *tiny])
-    found = gpu_check.encode(tmp_path, Watch(5), "abc")
+    found = gpu_check.encode(tmp_path, Watch(10), "abc")
     assert found["commit"] == "abc"
     assert found["encode"]["image_size"] == 16
     assert found["encode"]["job"]["images_per_s"] > 0
     assert "ingest" not in found
-    asked: list[str] = []
-
-    def instead(*words: str, watch: Watch) -> float:
-        asked.extend(words)
-        return 1.0
-
-    monkeypatch.setattr(gpu_check, "run", instead)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    gpu_check.encode(tmp_path, Watch(1), "abc")
-    assert asked[asked.index("--device") + 1] == "cuda"
 
 
 def test_an_encoder_that_fails_half_way_measures_nothing(
