@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.filters import Filters, judge_caption, judge_size
 from data_prep.hashes import HashList, phash
 from data_prep.sources import RawPair
-from pipeline.data.images import PIXEL_LIMIT, ImageError, Pixels, inspect_image
+from pipeline.data.images import PIXEL_LIMIT, Decoded, ImageError, inspect_image
 from pipeline.data.schema import image_sha, split_of
 
 CAPTION_LIMIT = 10_000  # characters
@@ -88,8 +88,8 @@ def check_row(
     val_fraction: float,
     excluded: HashList | None,
     must_refer: bool = False,
-) -> tuple[Fact, Pixels | None]:
-    """The facts of a row, and its pixels uint8 [H, W, 3] when it could be decoded.
+) -> tuple[Fact, Decoded | None]:
+    """The facts of a row, and its picture when it could be decoded.
 
     ``must_refer`` refuses pictures that stand in no file of their own.
 
@@ -101,7 +101,7 @@ def check_row(
         "file": pair.file,
         "offset": pair.offset,
     }
-    pixels = None
+    decoded = None
     try:
         if pair.problem is not None or pair.caption is None or pair.image is None:
             raise Reject(pair.problem or "caption missing", pair.detail)
@@ -115,11 +115,10 @@ def check_row(
             decoded = inspect_image(pair.image)
         except ImageError as error:
             raise Reject(error.reason, error.detail) from error
-        pixels = decoded.pixels
-        height, width = pixels.shape[:2]
+        height, width = decoded.height, decoded.width
         facts |= {"width": width, "height": height}
         _refuse(judge_size(width, height, filters))
-        facts["phash"] = phash(pixels)
+        facts["phash"] = phash(decoded.luma)
         if excluded and (found := excluded.matches(facts["image_sha"], facts["phash"])):
             raise Reject("in the list of excluded pictures", found)
         facts["notes"] = notes + decoded.notes
@@ -129,7 +128,7 @@ def check_row(
         facts["is_val"] = split_of(pair.group or pair.key, val_fraction) == "val"
     except Reject as reject:
         facts |= {"reason": reject.reason, "detail": reject.detail}
-    return Fact(**facts), pixels
+    return Fact(**facts), decoded
 
 
 def _judge_enlarged(height: int, width: int, scale: float) -> tuple[str, str] | None:

@@ -27,7 +27,7 @@ from data_prep.hashes import MIN_BITS, HashList
 from data_prep.ledger import ACCEPTED_EXAMPLES, REJECTED_EXAMPLES, thumbnail
 from data_prep.plan import Plan
 from pipeline.console import InputError
-from pipeline.data.images import Pixels
+from pipeline.data.images import Decoded
 from pipeline.data.schema import read_json
 from pipeline.files import write_bytes, write_json
 
@@ -99,7 +99,7 @@ def write_facts(out: Path, k: int, facts: list[Fact]) -> None:
 
 def _checked(
     plan: Plan, k: int, excluded: HashList | None, advance: Callable[[int], None] | None
-) -> Iterator[tuple[Fact, Pixels | None]]:
+) -> Iterator[tuple[Fact, Decoded | None]]:
     taken = plan.settings
     must_refer = taken.bytes == "reference"
     for number, piece in plan.pieces(k):
@@ -110,17 +110,17 @@ def _checked(
 
 
 def _scored(
-    rows: Iterator[tuple[Fact, Pixels | None]], score: Score | None
-) -> Iterator[tuple[Fact, Pixels | None]]:
+    rows: Iterator[tuple[Fact, Decoded | None]], score: Score | None
+) -> Iterator[tuple[Fact, Decoded | None]]:
     """The rows, the accepted ones seen by the user's score, in their order."""
     if score is None:
         yield from rows
         return
-    waiting: list[tuple[Fact, Pixels | None]] = []
+    waiting: list[tuple[Fact, Decoded | None]] = []
 
-    def judged() -> Iterator[tuple[Fact, Pixels | None]]:
+    def judged() -> Iterator[tuple[Fact, Decoded | None]]:
         seen = [(f, image) for f, image in waiting if not f.reason and image is not None]
-        reasons = iter(score([image for _, image in seen], [f.caption for f, _ in seen]))
+        reasons = iter(score([image.pixels for _, image in seen], [f.caption for f, _ in seen]))
         for fact, image in waiting:
             reason = None if fact.reason or image is None else next(reasons)
             yield (replace(fact, reason=reason, detail="score") if reason else fact), image
@@ -133,14 +133,14 @@ def _scored(
     yield from judged()
 
 
-def _with_examples(rows: Iterator[tuple[Fact, Pixels | None]]) -> Iterator[Fact]:
+def _with_examples(rows: Iterator[tuple[Fact, Decoded | None]]) -> Iterator[Fact]:
     """Thumbnails for the first rows of each reason, and of those that are accepted."""
     seen: Counter[str] = Counter()
     for fact, image in rows:
         seen[fact.reason] += 1
         limit = REJECTED_EXAMPLES if fact.reason else ACCEPTED_EXAMPLES
         if image is not None and seen[fact.reason] <= limit:
-            fact = replace(fact, thumbnail=thumbnail(image))
+            fact = replace(fact, thumbnail=thumbnail(image.pixels))
         yield fact
 
 

@@ -20,50 +20,46 @@ SIDE = 32  # cells a side of which the hash sees the mean, as in the classic pHa
 LOW = 8  # frequencies a side: 64 bits
 MAX_DISTANCE = 8  # bits of 64 in which two hashes of one picture may differ
 MIN_BITS = 16  # that a hash has at least; half of them where no frequencies are equal
-LUMA = np.array([299.0, 587.0, 114.0])  # thousandths of R, G and B: ITU-R BT.601
 FEW_ROWS = 257  # whose sums of bytes fit 16 bits
 LONG = 8192  # pixels
 HASH = re.compile(r"(?:[0-9a-f]{32}|[0-9a-f]{16})")
 
 
-def phash(image_HWC: Pixels) -> int:
-    """The perceptual hash of a picture uint8 [H, W, 3], both sides at least 1: 64 bits.
+def phash(luma_HW: Pixels) -> int:
+    """The perceptual hash of a picture: 64 bits of its luma, uint8 [H, W], both sides at least 1.
 
-    The classic pHash: the luma of 32x32 cells, its 8x8 lowest frequencies of a DCT-II, and for each
+    The classic pHash: means of 32x32 cells, their 8x8 lowest frequencies of a DCT-II, and for each
     whether it is above their median; row by row, the highest bit first. The sums of the cells are
     whole numbers, so exact, and the frequencies are rounded: every machine gives the same bits, and
     what has no structure has no bits. See ``is_telling``.
     """
-    height, width = image_HWC.shape[:2]
+    height, width = luma_HW.shape
     is_long = width > LONG
     if is_long:  # else 32 sums for each pixel of a row would take gigabytes
-        image_HWC = np.ascontiguousarray(image_HWC.transpose(1, 0, 2))
-    bands = _sum_rows(image_HWC).reshape(SIDE, -1, 3) @ LUMA
-    cells = _sum_columns(bands) / (1000.0 * height * width)
+        luma_HW = np.ascontiguousarray(luma_HW.T)
+    cells = _sum_columns(_sum_rows(luma_HW)) / (height * width)
     dct = _dct()
     # in gray levels times 32; sums of another order differ behind the tenth digit
-    low = np.round(dct @ (cells.T if is_long else cells) @ dct.T, 6)
-    low = low.reshape(-1)
+    low = np.round(dct @ (cells.T if is_long else cells) @ dct.T, 6).reshape(-1)
     middle = np.sort(low)[LOW * LOW // 2 - 1 : LOW * LOW // 2 + 1]
     bits = np.packbits(low > middle.sum() / 2)
     return int.from_bytes(bits.tobytes())
 
 
-def _sum_rows(image_HWC: Pixels) -> NDArray[np.float64]:
-    """Sums over 32 bands of equal height, in 1/32 of a row: whole, float64 [32, W * C]."""
-    height = image_HWC.shape[0]
-    flat = image_HWC.reshape(height, -1)
+def _sum_rows(values: Pixels) -> NDArray[np.float64]:
+    """Sums over 32 bands of equal height, in 1/32 of a row: whole, float64 [32, W]."""
+    height, width = values.shape
     edges = np.arange(SIDE + 1) * height
     # the row that an edge between bands cuts, and how much of it lies above
     row, above = edges // SIDE, edges % SIDE
     # 16 bits where they do: several times as fast, and this is where the time goes
     dtype = np.uint16 if height // SIDE + 1 <= FEW_ROWS else np.uint32
-    whole = np.empty((SIDE, flat.shape[1]), dtype)
+    whole = np.empty((SIDE, width), dtype)
     for i, (start, stop) in enumerate(pairwise(row.tolist())):
-        np.add.reduce(flat[start:stop], axis=0, dtype=dtype, out=whole[i])
+        np.add.reduce(values[start:stop], axis=0, dtype=dtype, out=whole[i])
     sums = np.multiply(whole, float(SIDE), dtype=np.float64)
     if above.any():
-        cut = flat[np.minimum(row, height - 1)] * above[:, None]
+        cut = values[np.minimum(row, height - 1)] * above[:, None]
         sums += np.diff(cut, axis=0)
     return sums
 

@@ -9,7 +9,6 @@ Legend: H W height and width, C = 3 colours; uint8 in [0, 255] throughout.
 
 import io
 import warnings
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -57,17 +56,30 @@ class ImageError(InputError):
         self.detail = detail
 
 
-@dataclass(frozen=True)
 class Decoded:
     """A picture and what had to be done to it.
 
-    ``pixels`` is uint8 [H, W, 3], owned and writable. ``notes`` are stable names: "alpha on white",
-    "animated (first frame kept)", "cmyk", "exif rotated", "exif unreadable", "palette", "16-bit",
-    "several pages (first kept)".
+    ``notes`` are stable names: "alpha on white", "animated (first frame kept)", "cmyk",
+    "exif rotated", "exif unreadable", "palette", "16-bit", "several pages (first kept)".
+
+    Args:
+        image: upright, loaded, of mode RGB.
+        notes: see above.
     """
 
-    pixels: Pixels
-    notes: tuple[str, ...]
+    def __init__(self, image: Image.Image, notes: tuple[str, ...]) -> None:
+        self._image, self.notes = image, notes
+        self.width, self.height = image.size
+
+    @property
+    def pixels(self) -> Pixels:
+        """RGB, uint8 [H, W, 3]; made anew each time, owned and writable."""
+        return np.array(self._image)
+
+    @property
+    def luma(self) -> Pixels:
+        """Y of ITU-R BT.601 in full range, rounded: uint8 [H, W]; sooner made than the pixels."""
+        return np.asarray(self._image.convert("L"))
 
 
 def decode_image(data: bytes) -> Pixels:
@@ -132,16 +144,16 @@ def _decode(image: Image.Image) -> Decoded:
         notes.append("cmyk")
     if image.mode in ("P", "PA"):
         notes.append("palette")
-    pixels, has_alpha = _to_rgb(upright)
+    rgb, has_alpha = _to_rgb(upright)
     if has_alpha:
         notes.append("alpha on white")
     if _has_more_frames(image):
         notes.append("several pages (first kept)" if is_tiff else "animated (first frame kept)")
-    return Decoded(pixels, tuple(sorted(notes)))
+    return Decoded(rgb, tuple(sorted(notes)))
 
 
-def _to_rgb(image: Image.Image) -> tuple[Pixels, bool]:
-    """Pixels uint8 [H, W, 3] of one upright frame, and whether anything shone through."""
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
+    """One upright frame as mode RGB, and whether anything shone through."""
     if image.mode in ("I", "F"):
         raise ImageError("unsupported pixel format", f"mode {image.mode} has no known white")
     if image.mode.startswith("I;16"):
@@ -153,12 +165,13 @@ def _to_rgb(image: Image.Image) -> tuple[Pixels, bool]:
         rgba = np.asarray(image.convert("RGBA"))
     else:
         # convert would copy what is RGB already
-        return np.array(image if image.mode == "RGB" else image.convert("RGB")), False
+        return image if image.mode == "RGB" else image.convert("RGB"), False
     if rgba[..., 3].min() == 255:
-        return rgba[..., :3].copy(), False
+        return Image.fromarray(np.ascontiguousarray(rgba[..., :3])), False
     colour, alpha16 = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)
     # the largest sum, 255 * 255 + 127, fits 16 bits
-    return ((colour * alpha16 + 255 * (255 - alpha16) + 127) // 255).astype(np.uint8), True
+    on_white = ((colour * alpha16 + 255 * (255 - alpha16) + 127) // 255).astype(np.uint8)
+    return Image.fromarray(on_white), True
 
 
 def _has_more_frames(image: Image.Image) -> bool:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.hashes import MAX_DISTANCE, HashList, hash_line, is_telling, phash
+from data_prep import hashes
+from data_prep.hashes import MAX_DISTANCE, HashList, hash_line, is_telling
 from pipeline.console import InputError
 from pipeline.data.images import decode_image, resize_area, resize_area_float
 
@@ -33,6 +34,16 @@ def jpeg(image, quality):
     return decode_image(file.getvalue())
 
 
+def luma(image):
+    """Of ITU-R BT.601, in whole numbers as JPEG files have it; half a gray level is rounded up."""
+    red, green, blue = np.moveaxis(image.astype(np.int64), -1, 0)
+    return ((19595 * red + 38470 * green + 7471 * blue + (1 << 15)) >> 16).astype(np.uint8)
+
+
+def phash(image):
+    return hashes.phash(luma(image))
+
+
 def distance(one, two):
     return (phash(one) ^ phash(two)).bit_count()
 
@@ -51,15 +62,14 @@ def cell_means(image, n=32):
     across = list(shares(width))
     for y, i, down in shares(height):
         for x, j, right in across:
-            r, g, b = (int(v) for v in image[y, x])
-            sums[i][j] += down * right * (299 * r + 587 * g + 114 * b)
-    area = Fraction(height * width, n * n) * 1000
+            sums[i][j] += down * right * int(image[y, x])
+    area = Fraction(height * width, n * n)
     return [[total / area for total in row] for row in sums]
 
 
 def slow_phash(image):
     """From the definition of the DCT-II, one frequency at a time."""
-    mean = [[float(value) for value in row] for row in cell_means(image)]
+    mean = [[float(value) for value in row] for row in cell_means(luma(image))]
     low = []
     for u in range(8):
         for v in range(8):

@@ -89,6 +89,16 @@ def test_plain_pixels_come_back_exactly_and_unnoted(kind):
     assert decoded.notes == ()
 
 
+def test_luma_is_that_of_the_standard_whatever_the_picture_was():
+    rgba = np.dstack([RGB, np.full(RGB.shape[:2], 9, np.uint8)])
+    for data in (encoded(RGB), encoded(RGB, "JPEG"), encoded(RGB[..., 0]), encoded(rgba)):
+        decoded = inspect_image(data)
+        exact = decoded.pixels @ [0.299, 0.587, 0.114]
+        assert decoded.luma.dtype == np.uint8
+        assert np.abs(decoded.luma - exact).max() < 0.51  # its weights are those in 1/65536
+        assert (decoded.height, decoded.width) == decoded.luma.shape == RGB.shape[:2]
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", TURNED)
 def test_exif_orientation_is_applied(kind, orientation):
