@@ -5,7 +5,7 @@ Legend: n rows.
 
 import itertools
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from pipeline.console import InputError
 
 Rows = NDArray[np.int64]
+
+# offsets of strings, int32 [rows + 1], by the number of their buffer
+Ends = dict[int, memoryview]
 
 _TWO = struct.Struct("<ii")
 
@@ -83,6 +86,8 @@ class Located:
         rows: of each in its record batch.
         buffers: offset in the file of every buffer of that, int64 [n, buffers].
         sources: what its bytes are to be read from; holds the files open.
+        ends: by the number of a buffer, the offsets in it that are known without a read, of the
+            record batch of each row; None where they are not.
         columns: by their names.
         damaged: makes an error about a record batch.
     """
@@ -92,6 +97,7 @@ class Located:
     rows: Rows
     buffers: Rows
     sources: list[Source]
+    ends: list[Ends | None]
     columns: dict[str, Column]
     damaged: Callable[[int, str], InputError]
 
@@ -140,13 +146,18 @@ class Located:
         data_at = self.buffers[:, column.buffer + 1].tolist()
         values: list[bytes] = []
         is_seam = (at[1:] - at[:-1] != 4) | (self.batches[1:] != self.batches[:-1])
-        i, sources = 0, self.sources
+        i, sources, rows = 0, self.sources, self.rows.tolist()
         try:
             for i, n, start in _stretches(is_seam, at):
-                data = sources[i].read(4 * n + 4, start)
-                if len(data) != 4 * n + 4:
-                    data = self._whole(i, 4 * n + 4, start)
-                ends = _TWO.unpack(data) if n == 1 else struct.unpack(f"<{n + 1}i", data)
+                ends: Sequence[int]
+                if (known := self.ends[i]) is not None:
+                    row = rows[i]
+                    ends = known[column.buffer][row : row + n + 1]
+                else:
+                    data = sources[i].read(4 * n + 4, start)
+                    if len(data) != 4 * n + 4:
+                        data = self._whole(i, 4 * n + 4, start)
+                    ends = _TWO.unpack(data) if n == 1 else struct.unpack(f"<{n + 1}i", data)
                 first, size = ends[0], ends[-1] - ends[0]
                 if first < 0 or size < 0:
                     raise self.damaged(int(self.batches[i]), "its offsets run backwards")

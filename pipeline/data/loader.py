@@ -10,7 +10,8 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -30,6 +31,8 @@ from pipeline.data.tokenizer import Tokenizer
 T = TypeVar("T")
 
 CACHE_BYTES = 1 << 30
+# captions that are read and tokenised in one go: by 64 dropout takes three times as long for each
+AHEAD = 1024
 DECODERS = 8  # threads, at most
 
 
@@ -134,23 +137,44 @@ class TokenLoader:
             raise InputError(f"dropout {dropout} without a seed: validation takes 0")
         self.tokenizer = tokenizer
         self.n_text, self.dropout = n_text, dropout
+        n_samples = self._rows.stream.batch // self._rows.stream.world
+        self._n_ahead = max(1, AHEAD // n_samples)
+        self._ahead: deque[tuple[int, Batch]] = deque()
+        self._next = -1
 
     def batch_at(self, position: int) -> Batch:
-        """This rank's part of the batch that begins at ``position``, a count of samples."""
-        sets, ids, epochs = self._rows.at(position)
+        """This rank's part of the batch that begins at ``position``, a count of samples.
+
+        Who asks for one batch after the other gets them out of some that are made together, and
+        hears of what is damaged that much earlier. One thread at a time.
+        """
+        batch = self._rows.stream.batch
+        if not self._ahead or self._ahead[0][0] != position:
+            n = self._n_ahead if position == self._next else 1
+            positions = range(position, position + n * batch, batch)
+            self._ahead = deque(zip(positions, self._batches(positions), strict=True))
+        self._next = position + batch
+        return self._ahead.popleft()[1]
+
+    def _batches(self, positions: Sequence[int]) -> list[Batch]:
+        """This rank's part of the batches that begin at ``positions``, made together."""
+        parts = zip(*map(self._rows.at, positions), strict=True)
+        sets, ids, epochs = map(np.concatenate, parts)
         n_image = self._rows.readers[0].made_of["grid"] ** 2
         image_tokens = np.empty((len(ids), n_image), np.int64)
         captions = np.empty(len(ids), object)
         for k, here in self._rows.by_set(sets):
             image_tokens[here], captions[here] = self._read(k, ids[here], epochs[here])
         text_tokens, is_cut = self._text_tokens(captions.tolist(), sets, ids, epochs)
-        return Batch(
+        together = Batch(
             torch.from_numpy(text_tokens),
             torch.from_numpy(image_tokens),
             sets,
             ids,
             torch.from_numpy(is_cut),
         )
+        n = len(ids) // len(positions)
+        return [together[i : i + n] for i in range(0, len(ids), n)]
 
     def _read(self, k: int, ids: np.ndarray, epochs: np.ndarray) -> tuple[np.ndarray, list[str]]:
         """Codes uint16 [n, n_image] of the crops that rows of set ``k`` show, and captions."""

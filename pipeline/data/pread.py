@@ -20,9 +20,12 @@ import pyarrow as pa
 from pyarrow import ipc
 
 from pipeline.console import InputError
-from pipeline.data.gather import Column, Located, Rows, Source, read_all, width_of
+from pipeline.data.gather import Column, Ends, Located, Rows, Source, read_all, width_of
 from pipeline.data.schema import COPY_AGAIN, read_batch_table
 
+# bytes of offsets of strings that stay in memory, one read less for each row of a set that has no
+# more; what does not fit is read where it stands
+ENDS_BYTES = 64 << 20
 MAX_OPEN = 256  # files at once; many systems stop a process at 1024
 _SHARD, _NUMBER, _ROWS, _AT, _BYTES, _CRC = range(6)  # columns of RecordBatches._facts
 
@@ -60,7 +63,7 @@ class RecordBatches:
     """The record batches of the shards of one set. Threads may share it.
 
     Memory grows with the record batches that were touched, some 100 bytes each: 13 MB for all of
-    250 million rows.
+    250 million rows; and up to ``ENDS_BYTES`` more.
 
     Args:
         folder: of the set.
@@ -96,6 +99,9 @@ class RecordBatches:
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._identities: dict[int, tuple[int, int, int]] = {}
         self._held: OrderedDict[int, _Held] = OrderedDict()
+        # of touched record batches, by their first row
+        self._ends: dict[int, Ends] = {}
+        self._ends_left = ENDS_BYTES
         self._lock = threading.Lock()
 
     def look(self) -> None:
@@ -132,12 +138,14 @@ class RecordBatches:
                 for b in dict.fromkeys(unchecked.tolist()):
                     self._parse(b, self._message(b, files[int(self._facts[b, _SHARD])]))
                 sources = [files[k] for k in shards]
+            first = self._first[batches]
             return Located(
                 places,
                 batches,
-                rows - self._first[batches],
+                rows - first,
                 self._buffers[batches],
                 sources,
+                [self._ends.get(i) for i in first.tolist()],
                 self._columns,
                 partial(self._damaged, self._facts),
             )
@@ -192,15 +200,28 @@ class RecordBatches:
             raise self._damaged(
                 self._facts, b, f"it has {batch.num_rows} rows, its sidecar says {n_rows}"
             )
-        where = []
+        where, ends = [], {}
         for name, column in zip(self.schema.names, batch.columns, strict=True):
             # the last ones: what lies before them says which values are missing, and none are
             buffers = column.buffers()[-self._columns[name].n_buffers :]
             # an empty buffer may stand anywhere
             where += [at + (part.address - buffer.address if part else 0) for part in buffers]
+            known = self._columns[name]
+            if not known.width and n_rows:
+                ends[known.buffer] = memoryview(bytes(buffers[0])).cast("i")
         self._buffers[b] = where
         self._checked[b] = True
+        self._keep_ends(int(self._first[b]), ends)
         return batch
+
+    def _keep_ends(self, first: int, ends: Ends) -> None:
+        """Keep the offsets of the record batch that begins at row ``first``, if there is room."""
+        for old in self._ends.pop(first, {}).values():
+            self._ends_left += old.nbytes
+        size = sum(offsets.nbytes for offsets in ends.values())
+        if ends and size <= self._ends_left:
+            self._ends[first] = ends
+            self._ends_left -= size
 
     def _damaged(self, facts: Rows, b: int, what: str) -> InputError:
         """A sentence about record batch ``b`` of a table that may have grown since."""

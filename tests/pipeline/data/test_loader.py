@@ -10,6 +10,7 @@ from PIL import Image
 
 from data_prep.train_tokenizer import NORMALIZER, train
 from pipeline.console import InputError
+from pipeline.data import loader as loader_module
 from pipeline.data.images import augment_dvae, centre_crop
 from pipeline.data.loader import PairLoader, TokenLoader, crop_of, prefetch, sample_seed
 from pipeline.data.shards import ShardReader, ShardWriter, Side, image_sha
@@ -100,6 +101,31 @@ def test_text_and_image_do_not_depend_on_ranks_batches_or_where_a_run_resumed(re
     # a new draw of the dropout in every epoch
     texts = [dict(whole[:100]), dict(whole[100:200])]
     assert sum(texts[0][i] != texts[1][i] for i in range(50, 150)) > 50
+
+
+@pytest.mark.parametrize("ahead", [1, 12, 30, 1024])
+def test_batches_that_are_made_together_are_those_that_are_made_alone(
+    reader, tokenizer, monkeypatch, ahead
+):
+    monkeypatch.setattr(loader_module, "AHEAD", ahead)
+    calls = []
+    read = reader.captioned_tokens
+    monkeypatch.setattr(reader, "captioned_tokens", lambda *a: calls.append(len(a[0])) or read(*a))
+    loader = token_loader(reader, tokenizer, np.arange(50, 150))
+    # in a row over the end of an epoch, then elsewhere, then on from there
+    for position in (*range(0, 180, 12), 36, 48, 60, 5, 17, 29, 17):
+        alone = token_loader(reader, tokenizer, np.arange(50, 150)).batch_at(position)
+        calls.pop()
+        got = loader.batch_at(position)
+        assert torch.equal(got.text_tokens, alone.text_tokens)
+        assert torch.equal(got.image_tokens, alone.image_tokens)
+        assert torch.equal(got.is_cut, alone.is_cut)
+        assert got.ids.tolist() == alone.ids.tolist()
+        assert got.sets.tolist() == alone.sets.tolist()
+    n = max(1, ahead // 12) * 12
+    assert calls[:2] == [12, n]
+    assert calls[-1] == 12
+    assert len(calls) == {12: 22, 24: 13, 1020: 7}[n]
 
 
 K = 3

@@ -20,9 +20,11 @@ ROWS = token_rows(45)
 AGAIN = "data_prep.verify lists all damage; copy the shard again or prepare the set again"
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
+# of strings: in none, in some and in all record batches they are known without a read
+@pytest.fixture(params=[0, 200, pread.ENDS_BYTES], ids="offsets of {}".format)
+def folder(request, tmp_path, monkeypatch):
     """45 rows in shards of 20, record batches of 8."""
+    monkeypatch.setattr(pread, "ENDS_BYTES", request.param)
     monkeypatch.setattr(commit, "BATCH_ROWS", 8)
     write(tmp_path, "tokens", ROWS, 20)
     return tmp_path
@@ -55,16 +57,21 @@ def reads(monkeypatch):
     return seen
 
 
-def test_a_record_batch_is_read_whole_once_and_then_row_by_row(folder, reads):
+@pytest.mark.parametrize("are_kept", [False, True])
+def test_a_record_batch_is_read_whole_once_and_then_row_by_row(
+    folder, reads, monkeypatch, are_kept
+):
+    monkeypatch.setattr(pread, "ENDS_BYTES", 1000 if are_kept else 0)
+    offsets = [] if are_kept else [8]
     reader = ShardReader(folder)
     reads.clear()
     (_, at, size, _), *_ = table(folder, 0)
     check(reader, [3])
     assert reads[0] == (size, at)
-    assert [n for n, _ in reads[1:]] == [36, 8, len(ROWS[3]["caption"].encode())]
+    assert [n for n, _ in reads[1:]] == [36, *offsets, len(ROWS[3]["caption"].encode())]
     reads.clear()
     check(reader, [5, 2])
-    assert [n for n, _ in reads] == [36, 36, 8, 17, 8, 17]
+    assert [n for n, _ in reads] == [36, 36, *offsets, 17, *offsets, 17]
     # neighbours together, up to the seam of two record batches
     reads.clear()
     reader.image_tokens(np.array([1, 2, 3]))
@@ -73,6 +80,19 @@ def test_a_record_batch_is_read_whole_once_and_then_row_by_row(folder, reads):
     reads.clear()
     reader.image_tokens(np.arange(45))
     assert [n for n, _ in reads] == [8 * 36, 8 * 36, 4 * 36, 8 * 36, 8 * 36, 4 * 36, 5 * 36]
+
+
+def test_kept_offsets_take_the_bytes_they_may(folder, monkeypatch):
+    # key and caption of a record batch of 8 rows: 9 offsets each, of 4 bytes
+    monkeypatch.setattr(pread, "ENDS_BYTES", 3 * 72)
+    reader = ShardReader(folder)
+    check(reader, range(45))
+    kept = reader._batches._ends
+    assert list(kept) == [0, 8, 16]  # of 8, 8 and 4 rows; there is no room for 8 more
+    path = folder / "shard-00000.arrow"
+    os.utime(path, ns=(1, 1))
+    check(reader, range(45))
+    assert sum(ends.nbytes for of in kept.values() for ends in of.values()) <= 3 * 72
 
 
 def test_rows_come_in_any_order_with_repeats(folder):
