@@ -27,7 +27,7 @@ import torch
 
 from data_prep.speed import encode, ingest, loader
 from pipeline.config import DvaeConfig, require
-from pipeline.console import InputError, command, logger
+from pipeline.console import InputError, a_path, command, logger
 from pipeline.files import write_bytes
 from pipeline.machine import commit, device_name, versions
 
@@ -100,7 +100,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=["ingest", "loader"])
     parser.add_argument("--runs", type=int, default=5, help="of everything (default 5)")
     parser.add_argument("--commit", help="of the code; what git says when left out")
-    parser.add_argument("--out", type=Path, help="also save as JSON, after every part")
+    parser.add_argument("--out", type=a_path, help="also save as JSON, after every part")
     group = parser.add_argument_group("ingest")
     group.add_argument("--images", type=int, default=1200, help="pictures (default 1,200)")
     group.add_argument("--side", type=int, default=512, help="pixels a side (default 512)")

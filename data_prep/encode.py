@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from data_prep.engines import ENGINES, Launch, cores, launch_of, run, workers_of
-from pipeline.console import Bar, InputError, OwnError, command, logger
+from pipeline.console import Bar, InputError, OwnError, a_path, command, logger
 from pipeline.data.commit import is_committed, write_manifest, write_shard
 from pipeline.data.images import Pixels, augment_dalle
 from pipeline.data.loader import prefetch
@@ -328,9 +328,9 @@ def encode(
 def main() -> None:
     """Encode a pair set from the command line, alone or as one rank of a launcher."""
     parser = argparse.ArgumentParser(description="pair shards + dVAE -> token shards")
-    parser.add_argument("--data", type=Path, required=True, help="pair shards")
-    parser.add_argument("--dvae", type=Path, required=True, help="folder of the frozen dVAE")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the token shards")
+    parser.add_argument("--data", type=a_path, required=True, help="pair shards")
+    parser.add_argument("--dvae", type=a_path, required=True, help="folder of the frozen dVAE")
+    parser.add_argument("--out", type=a_path, required=True, help="folder of the token shards")
     parser.add_argument(
         "--crops", type=int, default=1, help="of each picture; epochs take turns (default 1)"
     )

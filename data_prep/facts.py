@@ -1,6 +1,6 @@
 """The first pass of ingest: what is known of every row, and which rows go because of other rows.
 
-    facts/00042.arrow     a ``Fact`` for each row of shard 42's pieces, in their order
+    facts/00042.arrow     a ``Fact`` for each row of shard 42's pieces, in their order, and a crc32
     facts/00042.npy       uint64 [rows, 4]: hash of key, of picture and caption, of picture; phash
     facts/00042.drops.json      its accepted rows that repeat an earlier one, of any shard
     facts/drops.json      written last: what the drop lists add up to
@@ -9,10 +9,11 @@ The second pass reads these files and the bytes. All of them go when the set is 
 """
 
 import io
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pipeline.data.schema import read_json
 from pipeline.files import write_bytes, write_json
 
 SCHEMA_VERSION = 1
+CRC = "crc32"  # of the record batch, in its own metadata
 SCORED = 64  # rows whose pictures a user's score sees at once
 PART = 1 << 25  # rows whose hashes are compared in one go: 0.5 GB, and as much to sort them
 KEY, PAIR, IMAGE, NEAR = range(4)  # columns of the hashes
@@ -80,11 +82,54 @@ def inspect_shard(job: Job, k: int, advance: Callable[[int], None] | None = None
         InputError: a source, the list of hashes or the user's score cannot be used.
     """
     plan = job.plan
+    _hold_to_plan(job)
     excluded = None if job.exclude is None else HashList.from_file(job.exclude)
     score = None if job.score is None else load_score(job.score)
     facts = list(_with_examples(_scored(_checked(plan, k, excluded, advance), score)))
     write_facts(plan.out, k, facts)
     return sum(not fact.reason for fact in facts)
+
+
+def identity_of(path: Path | None) -> str:
+    """sha256 of a file, empty for none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if path is None:
+        return ""
+    try:
+        return sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): name another file") from error
+
+
+def identity_of_score(score: str | None) -> str:
+    """sha256 of the file of a user's score, and the name of its function; empty for none.
+
+    Raises:
+        InputError: it names no file and function.
+    """
+    if score is None:
+        return ""
+    path, _, function = score.rpartition(":")
+    if not path:
+        raise InputError(f"--score {score} names no function: give FILE.py:FUNCTION")
+    return f"{identity_of(Path(path))} {function}"
+
+
+def _hold_to_plan(job: Job) -> None:
+    """Stop when a file that the plan names by its hash is edited while the job runs."""
+    settings = job.plan.settings
+    for name, planned, found in (
+        (job.exclude, settings.excluded, identity_of(job.exclude)),
+        (job.score, settings.score, identity_of_score(job.score)),
+    ):
+        if planned != found:
+            raise InputError(
+                f"{name} is not what this set was planned with: put the old file back, or delete "
+                f"{job.plan.out} and ingest again"
+            )
 
 
 def write_facts(out: Path, k: int, facts: list[Fact]) -> None:
@@ -163,10 +208,15 @@ def _hashes(facts: list[Fact]) -> NDArray[np.uint64]:
 
 def _to_arrow(facts: list[Fact]) -> bytes:
     arrays = [pa.array([getattr(fact, f.name) for fact in facts], f.type) for f in SCHEMA]
+    batch = pa.record_batch(arrays, schema=SCHEMA)
     sink = io.BytesIO()
     with ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+        writer.write_batch(batch, custom_metadata={CRC: _crc(batch)})
     return sink.getvalue()
+
+
+def _crc(batch: pa.RecordBatch) -> str:
+    return f"{zlib.crc32(batch.serialize()):08x}"
 
 
 def read_facts(out: Path, k: int) -> Iterator[Fact]:
@@ -183,7 +233,11 @@ def _table(out: Path, k: int) -> pa.RecordBatch:
     path = facts_path(out, k)
     try:
         with pa.OSFile(str(path)) as file:
-            return ipc.open_file(file).get_batch(0)
+            found = ipc.open_file(file).get_batch_with_custom_metadata(0)
+        batch, written = found.batch, found.custom_metadata
+        if not written or written.get(CRC) != _crc(batch).encode():
+            raise pa.ArrowInvalid("its crc32 is another")
+        return batch
     except (OSError, pa.ArrowException) as error:
         raise InputError(
             f"{path} is missing or damaged ({error}): delete {path.parent} and start again"

@@ -20,7 +20,7 @@ from pathlib import Path
 from py3langid.langid import MODEL_FILE, LanguageIdentifier  # type: ignore[import-untyped]
 
 from data_prep.boilerplate import is_boilerplate
-from pipeline.console import InputError
+from pipeline.console import InputError, a_path
 from pipeline.data.images import Pixels
 from pipeline.plugin import blame, load_function
 
@@ -105,7 +105,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="keep pictures smaller than the image size, to be enlarged when they are read",
     )  # fmt: skip
     group.add_argument(
-        "--words", type=Path, metavar="FILE",
+        "--words", type=a_path, metavar="FILE",
         help="leave out captions with a word of this list, one a line",
     )  # fmt: skip
 

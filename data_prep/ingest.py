@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ from data_prep.facts import (
     Job,
     drops_path,
     facts_path,
+    identity_of,
+    identity_of_score,
     inspect_shard,
     merge,
     read_drops,
@@ -52,7 +53,7 @@ from data_prep.plan import (
     make_plan,
 )
 from data_prep.sources import RawPair
-from pipeline.console import Bar, InputError, command, logger
+from pipeline.console import Bar, InputError, a_path, command, logger
 from pipeline.data.commit import is_committed, write_manifest, write_shard
 from pipeline.data.schema import image_sha, read_json
 from pipeline.files import write_bytes, write_json
@@ -241,15 +242,17 @@ class Team:
 
 
 def ingest(job: Job, team: Team, only_inspect: bool = False) -> dict[str, Any] | None:
-    """Make the set of ``job``, or this rank's part of it; returns the ledger once it is finished.
+    """Make the set of ``job``, or this rank's part of it.
+
+    Returns:
+        The ledger of the finished set, to the one rank that tells it; None to the others.
 
     Raises:
         InputError: no row is accepted, ``out`` holds another set, or whatever a shard raises.
     """
     plan = job.plan
     if _is_finished(plan):
-        shutil.rmtree(plan.out / "facts", ignore_errors=True)
-        return _same_set(plan)
+        return _same_set(plan) if team.launch.rank == 0 else None
     if not plan.shards:
         raise InputError(f"no picture and no caption in {', '.join(plan.names)}: {PAIRS}")
     try:
@@ -259,9 +262,8 @@ def ingest(job: Job, team: Team, only_inspect: bool = False) -> dict[str, Any] |
             raise
         summary = None
     if summary is None and _is_finished(plan):
-        # another job in this folder was faster, and has tidied up
-        shutil.rmtree(plan.out / "facts", ignore_errors=True)
-        return _same_set(plan)
+        # another rank, which tells it, or another job in this folder was faster, and has tidied up
+        return _same_set(plan) if team.launch.world == 1 else None
     return summary
 
 
@@ -379,6 +381,7 @@ def _refuse_nothing(plan: Plan) -> None:
 def _same_set(plan: Plan) -> dict[str, Any]:
     """The ledger of a finished set, if it is the one asked for and its sources are as they were."""
     out = plan.out
+    shutil.rmtree(out / "facts", ignore_errors=True)
     if read_json(out / "manifest.json").get("made_of") != made_of(plan):
         raise InputError(f"{out} holds another set: name another folder or delete it")
     if not is_up_to_date(plan):
@@ -419,7 +422,7 @@ def _parser() -> argparse.ArgumentParser:
         "--score", help="FILE.py:FUNCTION, a judge of your own (data_prep/filters.py)"
     )
     taken.add_argument(
-        "--exclude-hashes", type=Path,
+        "--exclude-hashes", type=a_path,
         help="pictures to keep out, an evaluation set's (data_prep.stats --hashes lists them)",
     )  # fmt: skip
     taken.add_argument(
@@ -432,7 +435,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_flags(parser)
     made = parser.add_argument_group("what is made")
-    made.add_argument("--out", required=True, type=Path, help="folder for the shards")
+    made.add_argument("--out", required=True, type=a_path, help="folder for the shards")
     made.add_argument(
         "--reference", action="store_true",
         help="keep file, offset and size of each picture and not its bytes: nothing is copied",
@@ -462,14 +465,16 @@ def _job(args: argparse.Namespace) -> Job:
 
         image_size = presets.load(args.preset).model.image_size
     filters = filters_of(args, image_size)
+    if args.score is not None:
+        load_score(args.score)  # says what is wrong with it before anything is read
     settings = Settings(
         filters=filters,
         val_fraction=args.val_fraction,
         bytes="reference" if args.reference else "inline",
         duplicates=args.duplicates,
         near_duplicates=args.near_duplicates,
-        excluded=_sha256(args.exclude_hashes),
-        score=_score_identity(args.score),
+        excluded=identity_of(args.exclude_hashes),
+        score=identity_of_score(args.score),
         rows_per_shard=args.rows_per_shard,
     )
     where = [Where(source, args.images) for source in sorted(args.source, key=_place_of)]
@@ -480,25 +485,6 @@ def _place_of(source: str) -> tuple[str, str]:
     """What sources are sorted by, however their paths are spelled."""
     path = source if "://" in source else os.path.abspath(source)
     return os.path.basename(path.rstrip("/")), path
-
-
-def _sha256(path: Path | None) -> str:
-    if path is None:
-        return ""
-    try:
-        return sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): name another file") from error
-
-
-def _score_identity(score: str | None) -> str:
-    if score is None:
-        return ""
-    path, _, function = score.rpartition(":")
-    if not path:
-        raise InputError(f"--score {score} names no function: give FILE.py:FUNCTION")
-    load_score(score)  # says what else is wrong with it
-    return f"{_sha256(Path(path))} {function}"
 
 
 def main() -> None:

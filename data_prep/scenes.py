@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.console import InputError, command, logger, track
+from pipeline.console import InputError, a_path, command, logger, track
 from pipeline.evaluation.scenes import draw, random_scene
 
 PER_FOLDER = 1000
@@ -79,7 +79,9 @@ def main() -> None:
     """Parse the command line and draw."""
     parser = argparse.ArgumentParser(prog="data_prep.scenes", description=__doc__.splitlines()[0])
     parser.add_argument("--count", required=True, type=int, help="pictures")
-    parser.add_argument("--out", required=True, type=Path, help="folder for pictures and captions")
+    parser.add_argument(
+        "--out", required=True, type=a_path, help="folder for pictures and captions"
+    )
     parser.add_argument("--image-size", type=int, default=64, help="pixels a side (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument(

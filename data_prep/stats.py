@@ -12,7 +12,6 @@ import json
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from data_prep.filters import count_words
 from data_prep.hashes import hash_line
 from data_prep.ledger import BINS, Bins
-from pipeline.console import Bar, InputError, command, logger
+from pipeline.console import Bar, InputError, a_path, command, logger
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.files import write_bytes
@@ -192,10 +191,13 @@ def _lines(name: str, distribution: Distribution) -> list[str]:
 def main() -> None:
     """Describe a set from the command line."""
     parser = argparse.ArgumentParser(prog="data_prep.stats", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="DIR", help="pair or token shards")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="count caption tokens too")
+    parser.add_argument("folder", type=a_path, metavar="DIR", help="pair or token shards")
+    parser.add_argument("--tokenizer", type=a_path, metavar="DIR", help="count caption tokens too")
     parser.add_argument(
-        "--hashes", type=Path, metavar="FILE", help="write the pictures of a pair set as a list"
+        "--hashes",
+        type=a_path,
+        metavar="FILE",
+        help="write the pictures of a pair set as a list",
     )
     args = parser.parse_args()
     reader = ShardReader(args.folder)

@@ -15,7 +15,7 @@ import sentencepiece
 
 from pipeline import presets
 from pipeline.config import DalleRun
-from pipeline.console import InputError, command, logger, track
+from pipeline.console import InputError, a_path, command, logger, track
 from pipeline.data.order import Order
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizer import Tokenizer, save_tokenizer
@@ -102,8 +102,8 @@ def vocab_of(preset: str) -> int:
 def main() -> None:
     """Train a tokenizer from the command line."""
     parser = argparse.ArgumentParser(description="captions of a pair set -> tokenizer")
-    parser.add_argument("--data", type=Path, required=True, help="pair shards")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the tokenizer")
+    parser.add_argument("--data", type=a_path, required=True, help="pair shards")
+    parser.add_argument("--out", type=a_path, required=True, help="folder of the tokenizer")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--vocab", type=int, help=f"pieces at most (default {PAPER_VOCAB})")
     size.add_argument("--preset", help="take the number of pieces from this run")

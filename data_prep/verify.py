@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import ipc
 
-from pipeline.console import Bar, InputError, command, logger
+from pipeline.console import Bar, InputError, a_path, command, logger
 from pipeline.data.schema import (
     ENTRY,
     MANIFEST,
@@ -53,13 +53,8 @@ def check_json(path: Path, fields: set[str]) -> dict[str, Any]:
     return content
 
 
-def check_shard(reader: ShardReader, k: int, *, sources: bool) -> None:
-    """Read shard ``k`` whole.
-
-    Args:
-        reader: of its set.
-        k: its number in the manifest.
-        sources: read the pictures of a set by reference too.
+def check_shard(reader: ShardReader, k: int) -> None:
+    """Read shard ``k`` of the manifest whole.
 
     Raises:
         InputError: anything about it is not what the manifest says.
@@ -94,9 +89,6 @@ def check_shard(reader: ShardReader, k: int, *, sources: bool) -> None:
             _check_values(path.name, batch, reader)
     except pa.ArrowException as error:
         raise InputError(f"{path.name} is damaged: {error}") from error
-    if sources and reader.made_of.get("bytes") == "reference":
-        first = sum(entry["rows"] for entry in reader.manifest["shards"][:k])
-        _check_sources(path.name, reader, np.arange(first, first + shard["rows"]))
 
 
 def _where(path: Path, table: np.ndarray) -> str:
@@ -126,16 +118,19 @@ def _check_values(name: str, batch: pa.RecordBatch, reader: ShardReader) -> None
                 raise InputError(f"{name}: picture {key.as_py()!r} does not have its image_sha")
 
 
-def _check_sources(name: str, reader: ShardReader, rows: np.ndarray) -> None:
-    """Read pictures where they stand, one by one: the message counts those that are not there."""
+def missing_pictures(reader: ShardReader, k: int) -> list[str]:
+    """What is wrong with the pictures that shard ``k`` refers to, read where they stand.
+
+    A sentence for each that is not there, or not the one that was ingested.
+    """
+    first = sum(entry["rows"] for entry in reader.manifest["shards"][:k])
     problems = []
-    for row in rows:
+    for row in range(first, first + reader.manifest["shards"][k]["rows"]):
         try:
             reader.images(np.array([row]))
         except InputError as error:
             problems.append(str(error))
-    if problems:
-        raise InputError(f"{name}: {len(problems)} pictures are not where they were: {problems[0]}")
+    return problems
 
 
 def check_ledger(reader: ShardReader) -> dict[str, Any] | None:
@@ -176,17 +171,22 @@ def verify(folder: Path, *, sources: bool = True) -> ShardReader:
         sources: read the pictures of a set by reference too, where they stand.
 
     Raises:
-        InputError: names the shards that are damaged, or what else is wrong.
+        InputError: names the shards that are damaged, the pictures that are not where they were, or
+            what else is wrong.
     """
     reader = ShardReader(folder, lazy=True)
     check_json(folder / "manifest.json", set(MANIFEST))
     shards = reader.manifest["shards"]
     check_ledger(reader)
-    damaged = []
+    sources = sources and reader.made_of.get("bytes") == "reference"
+    damaged: list[str] = []
+    missing: list[str] = []
     with Bar("shards", len(shards)) as bar:
         for k in range(len(shards)):
             try:
-                check_shard(reader, k, sources=sources)
+                check_shard(reader, k)
+                if sources:
+                    missing += missing_pictures(reader, k)
             except InputError as error:
                 damaged.append(str(error))
             bar.advance()
@@ -198,13 +198,18 @@ def verify(folder: Path, *, sources: bool = True) -> ShardReader:
             f"{folder}: {len(damaged)} of {len(shards)} shards are damaged: "
             f"{'; '.join(damaged[:SHOWN])}{more}; copy or prepare them again"
         )
+    if missing:
+        raise InputError(
+            f"every shard is as written, but {len(missing)} of {len(reader)} pictures are not "
+            f"where they were ingested: {missing[0]}"
+        )
     return reader
 
 
 def main() -> None:
     """Verify a set from the command line."""
     parser = argparse.ArgumentParser(description="check a shard set to the last byte")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="pair or token shards")
+    parser.add_argument("folder", type=a_path, metavar="DIR", help="pair or token shards")
     parser.add_argument(
         "--no-sources", action="store_true", help="leave out pictures that the set refers to"
     )

@@ -25,7 +25,7 @@ from kernels.attention.op import BACKENDS
 from kernels.speed.machine import commit, device_name, versions
 from pipeline import presets
 from pipeline.config import DalleConfig, DvaeConfig, require
-from pipeline.console import InputError, command, logger
+from pipeline.console import InputError, a_path, command, logger
 from pipeline.files import write_bytes
 from pipeline.generation.sampling import generate, pictures, set_sampling_dtype
 from pipeline.models.dalle import Dalle, nll_sums
@@ -178,7 +178,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="also run this script, of another system, at the paper's sequence",
     )
     group.add_argument("--commit", help="of the code; what git says when left out")
-    group.add_argument("--out", type=Path, help="also save the times as JSON")
+    group.add_argument("--out", type=a_path, help="also save the times as JSON")
     return parser.parse_args(argv)
 
 

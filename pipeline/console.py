@@ -5,12 +5,14 @@ file that the system will not open, make or fill, leave it as one sentence on st
 exit code 2; anything else is a bug of ours and keeps its traceback.
 """
 
+import argparse
 import errno
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from rich.progress import (
@@ -53,6 +55,17 @@ def logger(name: str) -> logging.Logger:
         log.propagate = False
         log.setLevel(logging.INFO if is_first_rank() else logging.ERROR)
     return log
+
+
+def a_path(text: str) -> Path:
+    """``type=`` of an argument that names a file or a folder.
+
+    An empty one is refused: it is what a variable of the shell leaves when it is not set, and would
+    mean the working directory.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; is a variable of the shell not set?")
+    return Path(text)
 
 
 class Bar:

@@ -30,7 +30,7 @@ import torch
 from kernels.speed import machine
 from kernels.speed.figures import ratio_lines
 from pipeline.config import require
-from pipeline.console import InputError, command, logger
+from pipeline.console import InputError, a_path, command, logger
 from pipeline.files import write_json
 
 log = logger("gpu-check")
@@ -338,7 +338,7 @@ def main() -> None:
     )
     parser.add_argument("--stages", nargs="+", choices=LEAST_S, help="all when left out")
     parser.add_argument("--commit", default="", help="of the code; what git says when left out")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--out", type=a_path, default=ROOT / "benchmarks")
     args = parser.parse_args()
     require(0 < args.minutes <= 60, f"--minutes is {args.minutes}; take more than 0, at most 60")
     if not torch.cuda.is_available() and not args.cpu:

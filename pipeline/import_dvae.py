@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 
 from pipeline.config import DOWNSAMPLING, require
-from pipeline.console import InputError, command, logger
+from pipeline.console import InputError, a_path, command, logger
 from pipeline.models.dvae import load_openai, save_dvae
 
 log = logger("import_dvae")
@@ -29,10 +29,10 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--encoder", required=True, type=Path, help="encoder.pkl")
-    parser.add_argument("--decoder", required=True, type=Path, help="decoder.pkl")
+    parser.add_argument("--encoder", required=True, type=a_path, help="encoder.pkl")
+    parser.add_argument("--decoder", required=True, type=a_path, help="decoder.pkl")
     parser.add_argument("--image-size", type=int, default=256, help="pixels a side of its pictures")
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=a_path)
     args = parser.parse_args()
     require(
         args.image_size >= DOWNSAMPLING,

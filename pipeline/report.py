@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.console import InputError, command, logger
+from pipeline.console import InputError, a_path, command, logger
 from pipeline.data.images import centre_crop
 from pipeline.data.pictures import to_uint8
 from pipeline.data.shards import ShardReader
@@ -304,12 +304,12 @@ def read_story(
 def main() -> None:
     """Write the report from the command line."""
     parser = argparse.ArgumentParser(prog="pipeline.report", description=__doc__)
-    parser.add_argument("--dvae", required=True, type=Path, help="--out of pipeline.train_dvae")
-    parser.add_argument("--dalle", required=True, type=Path, help="--out of pipeline.train_dalle")
-    parser.add_argument("--pairs", required=True, type=Path, help="pictures to reconstruct")
+    parser.add_argument("--dvae", required=True, type=a_path, help="--out of pipeline.train_dvae")
+    parser.add_argument("--dalle", required=True, type=a_path, help="--out of pipeline.train_dalle")
+    parser.add_argument("--pairs", required=True, type=a_path, help="pictures to reconstruct")
     parser.add_argument("--samples", required=True, nargs="+", metavar="NAME=DIR")
-    parser.add_argument("--seconds", type=Path, help="lines of: stage seconds")
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--seconds", type=a_path, help="lines of: stage seconds")
+    parser.add_argument("--out", required=True, type=a_path)
     args = parser.parse_args()
     samples = {}
     for item in args.samples:

@@ -21,7 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from pipeline.config import require
-from pipeline.console import Bar, InputError, command, logger
+from pipeline.console import Bar, InputError, a_path, command, logger
 from pipeline.data.pictures import save_png, tile, to_uint8
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.generation.sampling import (
@@ -206,11 +206,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     group = parser.add_argument_group("input")
-    group.add_argument("--model", required=True, type=Path, help="--out of pipeline.train_dalle")
-    group.add_argument("--dvae", required=True, type=Path, help="the dVAE that made its tokens")
+    group.add_argument("--model", required=True, type=a_path, help="--out of pipeline.train_dalle")
+    group.add_argument("--dvae", required=True, type=a_path, help="the dVAE that made its tokens")
     captions = group.add_mutually_exclusive_group(required=True)
     captions.add_argument("--caption", help="what to draw")
-    captions.add_argument("--captions", type=Path, help="UTF-8 file, one caption a line")
+    captions.add_argument("--captions", type=a_path, help="UTF-8 file, one caption a line")
     group = parser.add_argument_group("sampling")
     group.add_argument("--count", type=int, default=1, help="images a caption")
     group.add_argument("--seed", type=int, default=0, help="of the first image; the next has + 1")
@@ -225,7 +225,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="images side by side; another width may round an image differently",
     )
     group = parser.add_argument_group("output")
-    group.add_argument("--out", required=True, type=Path)
+    group.add_argument("--out", required=True, type=a_path)
     return parser.parse_args(argv)
 
 

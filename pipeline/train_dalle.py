@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.attention.op import BACKENDS, choose_backend
 from pipeline import presets
 from pipeline.config import DalleRun
-from pipeline.console import InputError, command, logger
+from pipeline.console import InputError, a_path, command, logger
 from pipeline.data.loader import Batch, TokenLoader
 from pipeline.data.sets import BLOCK_HELP, MIX_HELP, Data
 from pipeline.data.shards import ShardReader
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--block-order", action="store_true", help=BLOCK_HELP)
     parser.add_argument("--tokenizer", required=True, help="folder of data_prep.train_tokenizer")
     parser.add_argument("--dvae", help="refuse to start unless this dVAE made the tokens")
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=a_path)
     parser.add_argument("--deepspeed_config", help="JSON of ds_configs/; without: plain PyTorch")
     parser.add_argument(
         "--attention",

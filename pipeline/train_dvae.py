@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline import presets
 from pipeline.config import DvaeRun, Ramp
-from pipeline.console import InputError, command, logger
+from pipeline.console import InputError, a_path, command, logger
 from pipeline.data.loader import PairLoader, sample_seed
 from pipeline.data.pictures import save_png, tile, to_uint8
 from pipeline.data.sets import BLOCK_HELP, MIX_HELP, Data
@@ -280,7 +280,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, nargs="+", help="pair sets (data_prep.ingest)")
     parser.add_argument("--mix", nargs="+", type=int, metavar="W", help=MIX_HELP)
     parser.add_argument("--block-order", action="store_true", help=BLOCK_HELP)
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=a_path)
     parser.add_argument("--deepspeed_config", help="JSON of ds_configs/; without: plain PyTorch")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
     args = parser.parse_args()

@@ -114,6 +114,10 @@ def test_damage_is_a_sentence(tmp_path):
     facts_path(tmp_path, 0).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"is missing or damaged .*: delete .*/facts and"):
         list(read_facts(tmp_path, 0))
+    at = whole.index(b"caption 1")  # Arrow would not mind another
+    facts_path(tmp_path, 0).write_bytes(whole[:at] + b"C" + whole[at + 1 :])
+    with pytest.raises(InputError, match=r"damaged \(its crc32 is another\)"):
+        list(read_facts(tmp_path, 0))
     facts_path(tmp_path, 0).write_bytes(whole)
     facts_path(tmp_path, 0).with_suffix(".npy").write_bytes(b"")
     with pytest.raises(InputError, match=r"00000\.npy is missing or damaged"):

@@ -17,7 +17,7 @@ from PIL import Image
 from data_prep import facts as facts_module
 from data_prep import ingest as ingest_module
 from data_prep.engines import Launch
-from data_prep.facts import Job
+from data_prep.facts import Job, identity_of, identity_of_score
 from data_prep.filters import Filters
 from data_prep.ingest import Team, ingest
 from data_prep.plan import Settings, Where, make_plan
@@ -107,7 +107,8 @@ def make(sources, out, size=32, *, exclude=None, score=None, team=None, filters=
     taken = {"min_words": 0, "english": False, "boilerplate": False, "max_aspect": 0}
     filters = Filters(image_size=size, **taken | dict(filters))
     where = [Where(str(source)) for source in sorted(sources)]
-    plan = make_plan(where, Settings(filters=filters, **settings), out)
+    named = {"excluded": identity_of(exclude), "score": identity_of_score(score)}
+    plan = make_plan(where, Settings(filters=filters, **named, **settings), out)
     return ingest(Job(plan, exclude, score), team or Team(workers=1))
 
 
@@ -279,7 +280,7 @@ def test_equal_pictures_and_captions_stay_once_and_an_evaluation_set_stays_out(t
     assert summary["rejects"] == {"near-duplicate picture": 2}
     hashes = tmp_path / "evaluation.txt"
     hashes.write_text(f"{image_sha(encoded(np.roll(NOISE, 2, 0))).hex()}\n")
-    summary = make([root], tmp_path / "out", exclude=hashes, excluded="its sha256")
+    summary = make([root], tmp_path / "out", exclude=hashes)
     assert summary["rejects"] == {
         "duplicate picture and caption": 1,
         "in the list of excluded pictures": 1,
@@ -470,7 +471,38 @@ def test_a_score_that_leaves_or_says_too_much_is_a_sentence(tmp_path):
         with pytest.raises(InputError, match=rf"score .*judge\.py:{name}'.*{said}"):
             make([root], tmp_path / name, score=f"{judge}:{name}")
     with pytest.raises(InputError, match=r"FILE\.py:FUNCTION"):
-        ingest_module._score_identity(str(judge))
+        identity_of_score(str(judge))
+
+
+@pytest.mark.parametrize("name", ["judge.py", "list.txt"])
+def test_a_file_that_is_edited_between_two_shards_stops_the_job(tmp_path, monkeypatch, name):
+    root = small_set(tmp_path / "in")
+    judge, exclude = tmp_path / "judge.py", tmp_path / "list.txt"
+    judge.write_text("def judge(pictures, captions):\n    return [None] * len(pictures)\n")
+    exclude.write_text("0" * 32 + "\n")
+    write_facts, old = facts_module.write_facts, (tmp_path / name).read_text()
+
+    def edit(*args):
+        write_facts(*args)
+        (tmp_path / name).write_text(old + "# edited\n")
+
+    settings = {"score": f"{judge}:judge", "exclude": exclude, "rows_per_shard": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(facts_module, "write_facts", edit)
+        with pytest.raises(InputError, match=rf"{name}.* is not what this set was planned with"):
+            make([root], tmp_path / "out", **settings)
+    (tmp_path / name).write_text(old)
+    make([root], tmp_path / "out", **settings)
+    make([root], tmp_path / "undisturbed", **settings)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "undisturbed")
+
+
+def test_one_rank_tells_the_ledger(tmp_path):
+    root, out = small_set(tmp_path / "in"), tmp_path / "out"
+    assert make([root], out, rows_per_shard=2) is not None
+    told = [make([root], out, rows_per_shard=2, team=Team(Launch(r, 2))) for r in range(2)]
+    assert told[0] is not None
+    assert told[1] is None
 
 
 def test_a_finished_set_without_a_shard_is_not_finished(tmp_path):

@@ -1,8 +1,10 @@
+import argparse
 import errno
 import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -145,3 +147,13 @@ def test_a_bar_says_where_it_is_now_and_then(monkeypatch):
     # what was done before does not count as speed: 20 in 20 s, 40 left
     assert said[0] == "train 60/100, 20 s, 40 s left  loss=1"
     assert len(said) == 2
+
+
+def test_an_empty_path_is_not_the_working_directory(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=console.a_path)
+    assert parser.parse_args(["--out", "."]).out == Path()
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--out", ""])
+    assert ended.value.code == 2
+    assert "the path is empty; is a variable of the shell not set?" in capsys.readouterr().err
