@@ -63,23 +63,26 @@ class Decoded:
     "exif rotated", "exif unreadable", "palette", "16-bit", "several pages (first kept)".
 
     Args:
-        image: upright, loaded, of mode RGB.
+        image: upright, loaded, of mode RGB or L.
         notes: see above.
+        data: the file.
     """
 
-    def __init__(self, image: Image.Image, notes: tuple[str, ...]) -> None:
-        self._image, self.notes = image, notes
+    def __init__(self, image: Image.Image, notes: tuple[str, ...], data: bytes) -> None:
+        self._image, self.notes, self._data = image, notes, data
         self.width, self.height = image.size
 
     @property
     def pixels(self) -> Pixels:
-        """RGB, uint8 [H, W, 3]; made anew each time, owned and writable."""
+        """``decode_image`` of the file; a JPEG is decoded once more, owned and writable."""
+        if self._image.mode == "L":
+            return decode_image(self._data)
         return np.array(self._image)
 
     @property
     def luma(self) -> Pixels:
-        """Y of ITU-R BT.601 in full range, rounded: uint8 [H, W]; sooner made than the pixels."""
-        return np.asarray(self._image.convert("L"))
+        """Y of ITU-R BT.601 in full range, rounded: uint8 [H, W]; of a JPEG, what the file says."""
+        return np.asarray(self._image if self._image.mode == "L" else self._image.convert("L"))
 
 
 def decode_image(data: bytes) -> Pixels:
@@ -88,11 +91,14 @@ def decode_image(data: bytes) -> Pixels:
     Raises:
         ImageError: the bytes are no usable picture.
     """
-    return inspect_image(data).pixels
+    return np.array(_inspect(data, in_colour=True)._image)
 
 
 def inspect_image(data: bytes) -> Decoded:
-    """Decode a BMP, GIF, JPEG, PNG, TIFF or WebP file to RGB and name what was unusual about it.
+    """Decode a BMP, GIF, JPEG, PNG, TIFF or WebP file and name what was unusual about it.
+
+    Its colours are left out where that is sooner done, until somebody asks for them: a third of the
+    time for a JPEG.
 
     EXIF orientation is applied, alpha is composited on white, CMYK, palette and gray are converted,
     16 bits are scaled to 8 (gray: rounded; colour: Pillow keeps the high byte, at most 1 lower),
@@ -102,11 +108,20 @@ def inspect_image(data: bytes) -> Decoded:
     Raises:
         ImageError: the bytes are no usable picture; ``reason`` says why in one name.
     """
+    return _inspect(data, in_colour=False)
+
+
+def _inspect(data: bytes, *, in_colour: bool) -> Decoded:
+    """A picture, of mode RGB when ``in_colour``."""
     if not data:
         raise ImageError("empty file", "0 bytes")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return _decode(image)
+            if not in_colour:  # a JPEG holds its luma for itself; others take no notice
+                image.draft("L", None)
+            upright, notes = _decode(image)
+            rgb = upright.convert("RGB") if in_colour and upright.mode == "L" else upright
+            return Decoded(rgb, notes, data)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -118,8 +133,8 @@ def inspect_image(data: bytes) -> Decoded:
         raise _broken(data, error) from error
 
 
-def _decode(image: Image.Image) -> Decoded:
-    """Load the first frame of an opened image and bring it to RGB."""
+def _decode(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    """The first frame of an opened image, upright, as mode L if it is that, else RGB; and notes."""
     if image.width * image.height > PIXEL_LIMIT:
         size = f"the header claims {image.width}x{image.height} pixels, the limit is {PIXEL_LIMIT}"
         raise ImageError("decompression bomb", size)
@@ -144,16 +159,16 @@ def _decode(image: Image.Image) -> Decoded:
         notes.append("cmyk")
     if image.mode in ("P", "PA"):
         notes.append("palette")
-    rgb, has_alpha = _to_rgb(upright)
+    opaque, has_alpha = _opaque(upright)
     if has_alpha:
         notes.append("alpha on white")
     if _has_more_frames(image):
         notes.append("several pages (first kept)" if is_tiff else "animated (first frame kept)")
-    return Decoded(rgb, tuple(sorted(notes)))
+    return opaque, tuple(sorted(notes))
 
 
-def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
-    """One upright frame as mode RGB, and whether anything shone through."""
+def _opaque(image: Image.Image) -> tuple[Image.Image, bool]:
+    """One upright frame as mode L or RGB, and whether anything shone through."""
     if image.mode in ("I", "F"):
         raise ImageError("unsupported pixel format", f"mode {image.mode} has no known white")
     if image.mode.startswith("I;16"):
@@ -165,7 +180,7 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
         rgba = np.asarray(image.convert("RGBA"))
     else:
         # convert would copy what is RGB already
-        return image if image.mode == "RGB" else image.convert("RGB"), False
+        return image if image.mode in ("L", "RGB") else image.convert("RGB"), False
     if rgba[..., 3].min() == 255:
         return Image.fromarray(np.ascontiguousarray(rgba[..., :3])), False
     colour, alpha16 = rgba[..., :3].astype(np.uint16), rgba[..., 3:].astype(np.uint16)

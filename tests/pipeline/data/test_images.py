@@ -1,6 +1,7 @@
 import io
 import struct
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -91,12 +92,24 @@ def test_plain_pixels_come_back_exactly_and_unnoted(kind):
 
 def test_luma_is_that_of_the_standard_whatever_the_picture_was():
     rgba = np.dstack([RGB, np.full(RGB.shape[:2], 9, np.uint8)])
-    for data in (encoded(RGB), encoded(RGB, "JPEG"), encoded(RGB[..., 0]), encoded(rgba)):
+    gentle = np.asarray(Image.fromarray(RGB // 4 + 96).resize((80, 60), Image.Resampling.BICUBIC))
+    for data, atol in (
+        (encoded(RGB), 0.51),  # its weights are those in 1/65536
+        (encoded(RGB[..., 0]), 0.51),
+        (encoded(rgba), 0.51),
+        (encoded(RGB, "TIFF"), 0.51),
+        # the chroma that comes back from the file is rounded, and nothing is clipped here
+        (encoded(gentle, "JPEG", quality=95), 1.51),
+        (encoded(gentle, "JPEG", quality=95, progressive=True), 1.51),
+        (encoded(RGB[..., 0], "JPEG"), 0.51),
+        (encoded(Image.fromarray(RGB).convert("CMYK"), "JPEG"), 0.51),
+    ):
         decoded = inspect_image(data)
         exact = decoded.pixels @ [0.299, 0.587, 0.114]
         assert decoded.luma.dtype == np.uint8
-        assert np.abs(decoded.luma - exact).max() < 0.51  # its weights are those in 1/65536
-        assert (decoded.height, decoded.width) == decoded.luma.shape == RGB.shape[:2]
+        assert np.abs(decoded.luma - exact).max() < atol
+        np.testing.assert_array_equal(decoded.pixels, decode_image(data))
+        assert (decoded.height, decoded.width) == decoded.luma.shape == decoded.pixels.shape[:2]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
@@ -415,3 +428,26 @@ def test_a_small_picture_is_refused_with_a_way_out(crop):
     arguments = () if crop is centre_crop else (np.random.default_rng(0),)
     with pytest.raises(InputError, match=r"31x40 pixels .* 32x32 .*--upscale"):
         crop(np.zeros((40, 31, 3), np.uint8), 32, *arguments)
+
+
+def test_what_is_taken_without_colours_can_be_decoded_with_them():
+    """Damage anywhere in a JPEG is seen, or not seen, by both ways of decoding it."""
+    rng = np.random.default_rng(7)
+    outcomes = Counter()
+    for options in ({}, {"progressive": True}, {"subsampling": 0}, {"optimize": True}):
+        whole = encoded(RGB, "JPEG", **options)
+        for _ in range(150):
+            data = bytearray(whole)
+            for at in rng.integers(0, len(data), rng.integers(1, 4)):
+                data[at] = rng.integers(256)
+            if rng.random() < 0.3:
+                del data[rng.integers(len(data)) :]
+            said = []
+            for read in (lambda d: inspect_image(d).luma, decode_image):
+                try:
+                    said.append(read(bytes(data)).shape[:2])
+                except ImageError as error:
+                    said.append(error.reason)
+            assert said[0] == said[1]
+            outcomes[said[0] if isinstance(said[0], str) else "taken"] += 1
+    assert min(outcomes[kind] for kind in ("taken", "truncated image", "corrupt image")) > 20
