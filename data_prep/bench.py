@@ -3,8 +3,8 @@
     ingest   512-pixel JPEG files with captions, in archives, through the command with every filter
              on: images a second and core, of the job, of its passes and of what goes on inside
     loader   100,000 samples of 1,024 codes and a caption, in batches at random places: samples a
-             second read, tokenised, and tokenised with BPE dropout; with --peer also beside
-             mosaicml-streaming on the same samples
+             second read, tokenised, and tokenised with BPE dropout, and resuming among 250 million
+             rows; with --peer also beside mosaicml-streaming on the same samples
     encode   images a second of the paper-size encoder with random weights: the command, and the
              dVAE alone beside what the device's matrix products would allow
 
@@ -41,6 +41,7 @@ TARGETS = {
     "reading, samples/s": ("loader reading samples_per_cpu_s", 100_000),
     "with BPE dropout, samples/s": ("loader bpe_dropout samples_per_cpu_s", 20_000),
     "random access, times the peer's": ("race ratio batches", 10),
+    "resumes among 250 million rows, 1/s": ("loader resume resumes_per_cpu_s", 100),
     "share of time that the dVAE keeps a GPU busy": ("encode job gpu_busy", 0.85),
 }
 

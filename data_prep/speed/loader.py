@@ -20,7 +20,8 @@ from data_prep.speed.inputs import captions, codes, write_pairs, write_tokens
 from pipeline.console import InputError
 from pipeline.data.loader import TokenLoader
 from pipeline.data.order import Order
-from pipeline.data.shards import ShardReader
+from pipeline.data.shards import ShardReader, Side
+from pipeline.data.stream import Stream
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.machine import ROOT
 
@@ -31,6 +32,7 @@ DROPOUT = 0.1  # of byte pairs, as the paper trains
 TEXT_VOCAB = 16_384
 TAUGHT = 50_000  # captions that the tokenizer is trained on, at most
 RACED = 10_000  # samples, at most
+FULL_ROWS, FULL_SHARD = 250_000_000, 62_500
 PEER = ROOT / "benchmarks" / "peers" / "mosaic_streaming.py"
 
 
@@ -83,7 +85,25 @@ def measure(samples: Samples, runs: int) -> dict[str, Any]:
         "reading": read, "bpe": loaded(0.0), "bpe_dropout": loaded(DROPOUT)
     }.items():  # fmt: skip
         result[name] = _paced(batch_at, n_batches, runs).of(n_batches * BATCH, "samples")
+    result["resume"] = _resumes(runs).of(1, "resumes")
     return result
+
+
+def _resumes(runs: int) -> Times:
+    """From the numbers in a manifest of 250 million rows to the rows of a batch, in a new place."""
+    counts = np.full(FULL_ROWS // FULL_SHARD, FULL_SHARD - FULL_SHARD // 100)
+    first = np.arange(len(counts)) * FULL_SHARD
+    positions = count(3 * FULL_ROWS + 12_345, 1_000_003)
+
+    def resume() -> None:
+        side = Side(first, counts)
+        stream = Stream([len(side)], batch=1024, rank=0, world=1, seed=0)
+        side.rows(stream.at(next(positions))[1])
+
+    times = Times()
+    for _ in range(runs):
+        timed(resume, times)
+    return times
 
 
 def _lengths(tokenizer: Tokenizer, texts: list[str]) -> dict[str, float]:

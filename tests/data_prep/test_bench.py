@@ -125,6 +125,7 @@ def test_the_loader_reads_everything_once_at_random_places(samples, monkeypatch,
         batches = [batch for with_dropout, batch in seen["batch_at"] if with_dropout == dropout]
         assert sorted(np.concatenate([b.ids for b in batches]).tolist()) == list(range(200))
         assert all(batch.text_tokens.shape == (20, 256) for batch in batches)
+    check_times(found["resume"], 1, "resumes")
     assert found["set"] == {"samples": 200, "shards": 2}
     assert 11 < found["text"]["words"] < 13
     assert found["text"]["tokens"] >= found["text"]["words"]

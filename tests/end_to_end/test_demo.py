@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from data_prep.stats import Stats
+from pipeline.data.shards import ShardReader
+
 OUT = Path(__file__).resolve().parents[2] / "runs" / "demo"
 
 pytestmark = pytest.mark.demo
@@ -33,6 +36,14 @@ def test_the_checker_reads_renders_and_reconstructions(report: dict[str, Any]) -
     for word in ("colour", "shape", "place"):
         assert report["render_accuracy"][word] >= 0.99
         assert report["reconstruction_accuracy"][word] >= 0.95
+
+
+def test_most_of_the_codebook_is_in_use() -> None:
+    tokens = ShardReader(OUT / "tokens", kind="tokens")
+    assert tokens.made_of["n_vocab"] >= 128
+    codes = Stats(tokens).codes
+    assert codes is not None
+    assert codes.n_used >= tokens.made_of["n_vocab"] / 2
 
 
 def test_the_page_and_its_pictures_are_there() -> None:
