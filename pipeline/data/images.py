@@ -10,6 +10,7 @@ Legend: H W height and width, C = 3 colours; uint8 in [0, 255] throughout.
 import io
 import warnings
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -214,37 +215,70 @@ def _broken(data: bytes, error: Exception) -> ImageError:
     return ImageError("corrupt image", detail)
 
 
-@lru_cache(maxsize=16)  # megabytes each, for photographs
-def _weights(n_in: int, n_out: int) -> NDArray[np.float32]:
-    """How much of each old pixel goes into each new one: float32 [n_out, n_in], rows sum to 1."""
-    scale = n_in / n_out
+ALL = slice(None)
+
+
+@lru_cache(maxsize=256)
+def _taps(n_in: int, n_out: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Which old pixels make each new one, and their shares: [K, n_out] each, shares sum to 1."""
+    scale, new = n_in / n_out, np.arange(n_out)
     if n_out <= n_in:  # the share of the new pixel's span that each old pixel covers
-        left = np.arange(n_out)[:, None] * scale
-        old = np.arange(n_in)[None, :]
+        left = new * scale
+        old = np.floor(left).astype(np.int64) + np.arange(int(np.ceil(scale)) + 1)[:, None]
         covered = np.minimum(left + scale, old + 1) - np.maximum(left, old)
-        return (np.clip(covered, 0, None) / scale).astype(np.float32)
-    centre = np.clip((np.arange(n_out) + 0.5) * scale - 0.5, 0, n_in - 1)
-    distance = np.abs(centre[:, None] - np.arange(n_in)[None, :])
-    return np.clip(1 - distance, 0, None).astype(np.float32)
+        share = np.clip(covered, 0, None) / scale
+    else:
+        centre = np.clip((new + 0.5) * scale - 0.5, 0, n_in - 1)
+        old = np.floor(centre).astype(np.int64) + np.arange(2)[:, None]
+        share = np.clip(1 - np.abs(centre - old), 0, None)
+    share = share.astype(np.float32)
+    is_used = share.any(axis=1)
+    return np.minimum(old, n_in - 1)[is_used], share[is_used]
 
 
-def resize_area_float(image_HWC: Pixels, height: int, width: int) -> NDArray[np.float32]:
-    """``resize_area`` before it rounds: float32 [height, width, C], values in [0, 255]."""
-    old_height, old_width, n_colour = image_HWC.shape
-    rows = _weights(old_height, height) @ image_HWC.reshape(old_height, -1).astype(np.float32)
-    columns = rows.reshape(height, old_width, n_colour).transpose(1, 0, 2).reshape(old_width, -1)
-    resized = (_weights(old_width, width) @ columns).reshape(width, height, n_colour)
-    return resized.transpose(1, 0, 2)
+def _resample(values: NDArray[Any], n_out: int, part: slice) -> NDArray[np.float32]:
+    """Rows ``part`` of what [N, M] values become with ``n_out`` rows: float32 [n, M].
+
+    Tap by tap in one order, so that every machine gives the same bits; a product with the matrix of
+    all shares gives none of that and takes four times as long.
+    """
+    first, *others = zip(*_taps(len(values), n_out), strict=True)
+    rows, share = first
+    result: NDArray[np.float32] = np.multiply(values[rows[part]], share[part, None], dtype="f4")
+    product = np.empty_like(result)
+    for rows, share in others:
+        result += np.multiply(values[rows[part]], share[part, None], out=product)
+    return result
 
 
-def resize_area(image_HWC: Pixels, height: int, width: int) -> Pixels:
+def resize_area_float(
+    image_HWC: Pixels, height: int, width: int, rows: slice = ALL, columns: slice = ALL
+) -> NDArray[np.float32]:
+    """``resize_area`` before it rounds: float32, values in [0, 255]."""
+    n_colour = image_HWC.shape[2]
+    low = _resample(image_HWC.reshape(len(image_HWC), -1), height, rows)
+    low = low.reshape(len(low), -1, n_colour).transpose(1, 0, 2)
+    small = _resample(low.reshape(len(low), -1), width, columns)
+    return small.reshape(len(small), -1, n_colour).transpose(1, 0, 2)
+
+
+def resize_area(
+    image_HWC: Pixels, height: int, width: int, rows: slice = ALL, columns: slice = ALL
+) -> Pixels:
     """Resize uint8 [H, W, C] to [height, width, C]: each new pixel is the mean of what it covers.
 
     Equal to OpenCV's INTER_AREA, and not to what Pillow (BOX) and torch ("area") call by that name.
     A side that grows is interpolated linearly between pixel centres. Paper: AREA with
     ``align_corners=True``, a step of (n - 1) / (m - 1); here: n / m, so that all count alike.
+
+    Args:
+        image_HWC: the picture.
+        height: of the whole result.
+        width: of the whole result.
+        rows: the part of it that is made and returned.
+        columns: the same.
     """
-    resized = np.rint(resize_area_float(image_HWC, height, width))
+    resized = np.rint(resize_area_float(image_HWC, height, width, rows, columns))
     return np.ascontiguousarray(np.clip(resized, 0, 255).astype(np.uint8))
 
 
@@ -287,10 +321,10 @@ def augment_dvae(image_HWC: Pixels, size: int, rng: np.random.Generator) -> Pixe
         InputError: a side is below ``size``.
     """
     short = _short_side(image_HWC, size)
-    square = _random_crop(image_HWC, short, rng)
+    square = image_HWC[_window(image_HWC.shape, short, rng)]
     t_min, t_max = min(short, round(9 / 8 * size)), min(short, round(12 / 8 * size))
     t = int(rng.integers(t_min, t_max + 1))
-    crop = _random_crop(resize_area(square, t, t), size, rng)
+    crop = resize_area(square, t, t, *_window((t, t), size, rng))
     return np.ascontiguousarray(crop[:, ::-1] if rng.random() < 0.5 else crop)
 
 
@@ -307,7 +341,7 @@ def augment_dalle(image_HWC: Pixels, size: int, rng: np.random.Generator) -> Pix
     top, left = (_near_centre(side - short, rng) for side in image_HWC.shape[:2])
     square = image_HWC[top : top + short, left : left + short]
     t = int(rng.integers(size, min(short, round(9 / 8 * size)) + 1))
-    return np.ascontiguousarray(_random_crop(resize_area(square, t, t), size, rng))
+    return resize_area(square, t, t, *_window((t, t), size, rng))
 
 
 def centre_crop(image_HWC: Pixels, size: int) -> Pixels:
@@ -317,7 +351,6 @@ def centre_crop(image_HWC: Pixels, size: int) -> Pixels:
         InputError: a side is below ``size``.
     """
     short = _short_side(image_HWC, size)
-    # the square first: long strips would need resizing matrices of many gigabytes
     top, left = ((side - short) // 2 for side in image_HWC.shape[:2])
     return resize_area(image_HWC[top : top + short, left : left + short], size, size)
 
@@ -337,8 +370,8 @@ def _near_centre(slack: int, rng: np.random.Generator) -> int:
     return int(rng.integers(3 * slack // 8, max(3 * slack // 8 + 1, 5 * slack // 8)))
 
 
-def _random_crop(image_HWC: Pixels, size: int, rng: np.random.Generator) -> Pixels:
-    height, width = image_HWC.shape[:2]
-    top = int(rng.integers(0, height - size + 1))
-    left = int(rng.integers(0, width - size + 1))
-    return image_HWC[top : top + size, left : left + size]
+def _window(shape: tuple[int, ...], size: int, rng: np.random.Generator) -> tuple[slice, slice]:
+    """Rows and columns of a random square in a picture of this shape."""
+    top = int(rng.integers(0, shape[0] - size + 1))
+    left = int(rng.integers(0, shape[1] - size + 1))
+    return slice(top, top + size), slice(left, left + size)

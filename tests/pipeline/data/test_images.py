@@ -292,7 +292,8 @@ def covered(image, height, width):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [((63, 111), (17, 64)), ((97, 131), (96, 130)), ((64, 64), (32, 16))]
+    ("old", "new"),
+    [((63, 111), (17, 64)), ((97, 131), (96, 130)), ((64, 64), (32, 16)), ((301, 211), (11, 7))],
 )
 def test_area_is_exact_coverage(old, new):
     image = np.random.default_rng(3).integers(0, 256, (*old, 3), dtype=np.uint8)
@@ -302,6 +303,8 @@ def test_area_is_exact_coverage(old, new):
     assert resized.dtype == np.uint8
     assert resized.flags.c_contiguous
     assert np.abs(resized - exact).max() < 0.501
+    part = slice(2, 7), slice(3, 4)
+    np.testing.assert_array_equal(resize_area(image, *new, *part), resized[part])
 
 
 def test_same_size_changes_nothing():
@@ -353,10 +356,10 @@ def sides(monkeypatch):
     """Heights that ``resize_area`` was asked for."""
     seen = []
 
-    def spy(image, height, width):
+    def spy(image, height, width, *part):
         assert height == width
         seen.append(height)
-        return resize_area(image, height, width)
+        return resize_area(image, height, width, *part)
 
     monkeypatch.setattr(images, "resize_area", spy)
     return seen
