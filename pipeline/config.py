@@ -13,6 +13,8 @@ from typing import Any
 
 from pipeline.console import InputError
 
+# 16 bits of which 7 are of the fraction do for a variance that moves by 4 % an update (beta2 0.96)
+MOMENT_DTYPES = ("float32", "bfloat16")
 LAYER_GROUPS = 4  # of the dVAE: fixed by the released architecture (github.com/openai/DALL-E)
 DOWNSAMPLING = 2 ** (LAYER_GROUPS - 1)  # pixels a side of one code: three poolings
 
@@ -115,6 +117,9 @@ class DalleConfig:
     grid: int = 32  # image tokens a side
     n_image_vocab: int = 8192
     conv_kernel: int = 11
+    # not the paper's, and off in its presets
+    qk_norm: bool = False  # LayerNorm of queries and keys, head by head (arXiv 2302.05442)
+    mup_width: int | None = None  # of the model whose step size this one takes (arXiv 2203.03466)
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "d_model", "n_head", "n_text", "grid"):
@@ -132,6 +137,15 @@ class DalleConfig:
             self.conv_kernel >= 1 and self.conv_kernel % 2 == 1,
             f"conv_kernel is {self.conv_kernel}; it must be odd",
         )
+        require(
+            self.mup_width is None or self.mup_width >= 1,
+            f"mup_width is {self.mup_width}; take the width that the step size was found at",
+        )
+
+    @property
+    def width_multiplier(self) -> float:
+        """How much wider than the model whose step size it takes; 1 without muP."""
+        return 1.0 if self.mup_width is None else self.d_model / self.mup_width
 
     @property
     def n_image(self) -> int:
@@ -167,6 +181,55 @@ class Ramp:
 
 
 @dataclass(frozen=True)
+class Plateau:
+    """``start``, halved whenever the training loss has stopped falling (appendix B.2).
+
+    The paper halved five times and tells neither where nor by which rule. Here: when the mean loss
+    of the last ``window`` updates is not a share ``gain`` below that of the ``window`` before.
+    """
+
+    start: float
+    halvings: int = 5  # at most
+    window: int = 5_000  # updates
+    gain: float = 1e-3
+    patience: int = 20_000  # updates between two halvings
+
+    def __post_init__(self) -> None:
+        require(self.halvings >= 0, f"{self.halvings} halvings; take 0 or more")
+        require(
+            self.window >= 50 and self.window % 50 == 0,
+            f"a plateau's window is {self.window} updates; take a multiple of 50",
+        )
+        require(self.gain >= 0, f"a plateau's gain is {self.gain}; take 0 or more")
+        require(
+            self.patience >= 2 * self.window,
+            f"a plateau's patience is {self.patience} updates; two windows take {2 * self.window}",
+        )
+
+
+@dataclass(frozen=True)
+class WarmupStableDecay:
+    """``start`` until the last ``decay`` of ``steps`` updates, in which it falls to ``end``.
+
+    Linear, as in MiniCPM (arXiv 2404.06395), whose runs can go on from before the decay.
+    """
+
+    start: float
+    end: float
+    steps: int
+    decay: int
+
+    def __post_init__(self) -> None:
+        require(
+            1 <= self.decay <= self.steps,
+            f"a decay over {self.decay} of {self.steps} updates; take 1 to {self.steps}",
+        )
+
+
+StepSize = Ramp | Plateau | WarmupStableDecay
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """AdamW and what surrounds it."""
 
@@ -176,9 +239,19 @@ class Optimizer:
     ema_decay: float
     ema_every: int = 1  # updates
     eps: float = 1e-8
+    max_exp_avg_sq: float = 0.0  # the running variance is clipped to it by value; 0 is off
+    moment_dtype: str = "float32"  # of both moments between updates
 
     def __post_init__(self) -> None:
         require(self.ema_every >= 1, f"ema_every is {self.ema_every}; take at least 1")
+        require(
+            self.max_exp_avg_sq >= 0,
+            f"max_exp_avg_sq is {self.max_exp_avg_sq}; take 0 for no bound, or a bound above it",
+        )
+        require(
+            self.moment_dtype in MOMENT_DTYPES,
+            f"moment_dtype is {self.moment_dtype!r}; take one of {', '.join(MOMENT_DTYPES)}",
+        )
 
 
 def _check_run(run: "DvaeRun | DalleRun") -> None:
@@ -228,9 +301,10 @@ class DalleRun:
     batch: int  # captioned images an update, over all ranks
     steps: int
     warmup: int  # updates over which the step size grows linearly to lr.start
-    lr: Ramp
+    lr: StepSize
     text_weight: float = 1 / 8  # of the text loss; the image loss has the rest (section 2.2)
     bpe_dropout: float = 0.1  # footnote 5
+    z_loss: float = 0.0  # weight of the mean square of the log of the softmax's sum; paper: none
     val_images: int = 1024
     val_every: int = 1000
     save_every: int = 1000
@@ -240,6 +314,7 @@ class DalleRun:
     def __post_init__(self) -> None:
         _check_run(self)
         require(0 <= self.bpe_dropout <= 1, f"bpe_dropout is {self.bpe_dropout}; it lies in [0, 1]")
+        require(self.z_loss >= 0, f"z_loss is {self.z_loss}; take 0 or more")
 
 
 def as_dict(config: Any) -> dict[str, Any]:

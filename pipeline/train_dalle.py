@@ -22,12 +22,12 @@ from pipeline.data.loader import Batch, TokenLoader
 from pipeline.data.sets import BLOCK_HELP, MIX_HELP, Data
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.models.dalle import NO_TOKEN, Dalle, nll_sums, save_dalle
+from pipeline.models.dalle import NO_TOKEN, Dalle, nll_sums, save_dalle, z_sums
 from pipeline.models.dvae import load_dvae
 from pipeline.training import ds_config, loop
 from pipeline.training import engine as engines
 from pipeline.training.engine import Engine
-from pipeline.training.schedules import warmed_up
+from pipeline.training.schedules import LearningRate
 
 log = logger("dalle")
 
@@ -53,6 +53,7 @@ class DalleStage(loop.Stage[Batch]):
         self.attention = attention
         self.data = Data("tokens", data, mix, block_order)
         self.tokenizer = Tokenizer(tokenizer)
+        self._lr = LearningRate(run.lr, run.warmup)
         self._check()
 
     def _check(self) -> None:
@@ -141,24 +142,53 @@ class DalleStage(loop.Stage[Batch]):
 
         ``captions_cut`` is the share of captions that were longer than the text.
         """
-        text_nll, image_nll = self._nll(engine, batch)
-        text, image = text_nll / totals[0], image_nll / totals[1]
-        weight = self.run.text_weight
+        text_logits, image_logits, text_tokens, image_tokens = self._logits(engine, batch)
+        nll = nll_sums(text_logits, image_logits, text_tokens, image_tokens)
+        text, image = nll[0] / totals[0], nll[1] / totals[1]
         n_samples = totals[1] / self.run.model.n_image
         cut = batch.is_cut.sum().to(engine.device) / n_samples
         figures = {"text": text, "image": image, "captions_cut": cut}
-        return weight * text + (1 - weight) * image, figures
+        loss = self._weighted(text, image)
+        if self.run.z_loss:
+            z = z_sums(text_logits, image_logits, text_tokens)
+            figures["z"] = self._weighted(z[0] / totals[0], z[1] / totals[1])
+            loss = loss + self.run.z_loss * figures["z"]
+        return loss, figures
+
+    def _weighted(self, text: Any, image: Any) -> Any:
+        """1/8 of the text's, 7/8 of the image's (section 2.2)."""
+        return self.run.text_weight * text + (1 - self.run.text_weight) * image
 
     @staticmethod
-    def _nll(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _logits(engine: Engine, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of text and image; and the tokens, on the engine's device."""
         text = batch.text_tokens.to(engine.device, non_blocking=True)
         image = batch.image_tokens.to(engine.device, non_blocking=True)
-        text_logits, image_logits = engine.model(text, image)
-        return nll_sums(text_logits, image_logits, text, image)
+        return *engine.model(text, image), text, image
 
     def lr(self, step: int) -> float:
-        """Linear warm-up, then half a cosine."""
-        return warmed_up(self.run.lr, self.run.warmup, step)
+        """Linear warm-up, then the preset's schedule."""
+        return self._lr.at(step)
+
+    @property
+    def wants_losses(self) -> bool:
+        """Whether the schedule hangs on the training loss."""
+        return self._lr.wants_losses
+
+    def observe(self, step: int, loss: float) -> None:
+        """Halve the step size at a plateau."""
+        if self._lr.observe(step, loss):
+            log.info(
+                "update %d: the loss has stopped falling, lr is now %g", step + 1, self.lr(step)
+            )
+
+    def state(self) -> dict[str, Any]:
+        """What the schedule remembers."""
+        return {"lr": self._lr.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state``."""
+        self._lr.restore(state.get("lr", {}))
 
     def figures(self, step: int) -> dict[str, float]:
         """No schedule but the step size."""
@@ -170,12 +200,11 @@ class DalleStage(loop.Stage[Batch]):
         sums = torch.zeros(4, device=engine.device)
         for position in range(0, self._val_images, self._val_batch):
             batch = self._val.batch_at(position)
-            nll = torch.stack(self._nll(engine, batch))
+            nll = torch.stack(nll_sums(*self._logits(engine, batch)))
             sums += torch.cat([nll, self.counts(batch).to(engine.device)])
         text_nll, image_nll, n_text, n_image = engine.sum(sums).tolist()
         text, image = text_nll / n_text, image_nll / n_image
-        weight = self.run.text_weight
-        return {"loss": weight * text + (1 - weight) * image, "text": text, "image": image}
+        return {"loss": self._weighted(text, image), "text": text, "image": image}
 
     def finish(self, engine: Engine, out: Path) -> None:
         """Export the averaged weights, with the tokenizer beside them."""

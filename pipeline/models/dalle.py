@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import Pattern, packed_attention
 from kernels.patterns import Kind
 from pipeline.config import DalleConfig, as_dict
+from pipeline.models.scaling import Scale, enter, leave
 from pipeline.weights import load_weights, save_weights
 
 NO_TOKEN = -1  # in text tokens: the caption is over; in image inputs: start of image
@@ -75,13 +76,15 @@ class LayerNorm(nn.Module):
 class Head(nn.Module):
     """Logits over one vocabulary, in float32, from weights that start at zero."""
 
-    def __init__(self, width: int, n_vocab: int) -> None:
+    def __init__(self, config: DalleConfig, n_vocab: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(n_vocab, width))
+        self.multiplier = 1 / config.width_multiplier
+        self.weight = nn.Parameter(torch.zeros(n_vocab, config.d_model))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] to [..., V] float32."""
-        return F.linear(x.float(), self.weight.float())
+        logits = F.linear(x.float(), self.weight.float())
+        return logits if self.multiplier == 1 else logits * self.multiplier
 
 
 class TextEmbedding(nn.Module):
@@ -141,12 +144,21 @@ class Attention(nn.Module):
         self.backend: str | None = None
         self.qkv = Dense(config.d_model, 3 * config.d_model)
         self.out = Dense(config.d_model, config.d_model, gain=_residual_gain(config))
+        width = config.d_model // config.n_head
+        self.norms = nn.ModuleList(LayerNorm(width) for _ in "qk") if config.qk_norm else None
 
     def forward(self, x_BNC: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Attention of all positions, or with a ``cache`` of the next ones."""
         qkv_BN3HD = rearrange(
             self.qkv(x_BNC), "b n (three h d) -> b n three h d", three=3, h=self.n_head
         )
+        if self.norms is not None:
+            q_BNHD, k_BNHD, v_BNHD = qkv_BN3HD.unbind(2)
+            q_BNHD, k_BNHD = (
+                norm(x.float()).to(x.dtype)
+                for norm, x in zip(self.norms, (q_BNHD, k_BNHD), strict=True)
+            )
+            qkv_BN3HD = torch.stack([q_BNHD, k_BNHD, v_BNHD], dim=2)
         if cache is None:
             o_BNHD = packed_attention(qkv_BN3HD, self.pattern, backend=self.backend)
         else:
@@ -178,10 +190,14 @@ def _residual_gain(config: DalleConfig) -> float:
 
 
 class Block(nn.Module):
-    """One layer: an attention and an MLP residual block, LayerNorm first."""
+    """One layer: an attention and an MLP residual block, LayerNorm first.
+
+    ``scales`` are those of the two residual blocks' gradients, None for none.
+    """
 
     def __init__(self, config: DalleConfig, pattern: Pattern) -> None:
         super().__init__()
+        self.scales: tuple[Scale | None, Scale | None] = (None, None)
         self.attention_norm = LayerNorm(config.d_model)
         self.attention = Attention(config, pattern)
         self.mlp_norm = LayerNorm(config.d_model)
@@ -189,8 +205,11 @@ class Block(nn.Module):
 
     def forward(self, x_BNC: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """[B, N, C] float32 to the same."""
-        x_BNC = x_BNC + self.attention(self.attention_norm(x_BNC), cache).float()
-        x_BNC = x_BNC + self.mlp(self.mlp_norm(x_BNC)).float()
+        first, second = self.scales
+        h_BNC = self.attention_norm(enter(x_BNC, first))
+        x_BNC = x_BNC + leave(self.attention(h_BNC, cache), first)
+        h_BNC = self.mlp_norm(enter(x_BNC, second))
+        x_BNC = x_BNC + leave(self.mlp(h_BNC), second)
         return x_BNC
 
 
@@ -218,8 +237,9 @@ class Dalle(nn.Module):
         self.image_embedding = ImageEmbedding(config)
         self.blocks = nn.ModuleList(Block(config, p) for p in layer_patterns(config))
         self.norm = LayerNorm(config.d_model)
-        self.text_head = Head(config.d_model, config.n_text_vocab)
-        self.image_head = Head(config.d_model, config.n_image_vocab)
+        self.text_head = Head(config, config.n_text_vocab)
+        self.image_head = Head(config, config.n_image_vocab)
+        self._ends: tuple[Scale | None, Scale | None] = (None, None)  # of embeddings and heads
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """Compute the matrices of the blocks, and attention, in ``dtype``."""
@@ -232,6 +252,36 @@ class Dalle(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = backend
+
+    def take_gradient_scales(self) -> dict[str, Scale]:
+        """Give every residual block a gradient scale of its own, and return them by block.
+
+        Embeddings and heads, which the paper keeps in float32, get one each too: where all
+        parameters are stored in 16 bits, so are their gradients.
+        """
+        scales = {self.block_of(name): Scale() for name, _ in self.named_parameters()}
+        for i, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            block.scales = scales[f"blocks.{i}.attention"], scales[f"blocks.{i}.mlp"]
+        self._ends = scales["embeddings"], scales["heads"]
+        return scales
+
+    @staticmethod
+    def block_of(name: str) -> str:
+        """The residual block that a parameter belongs to, else "embeddings" or "heads"."""
+        first, *rest = name.split(".")
+        if first == "blocks":
+            return f"blocks.{rest[0]}.{rest[1].removesuffix('_norm')}"
+        return "embeddings" if first.endswith("_embedding") else "heads"
+
+    def lr_scale(self, name: str) -> float:
+        """Of a parameter's step size: with muP the matrices take smaller ones the wider they are.
+
+        Table 8 of arXiv 2203.03466, for Adam; the heads' part is a multiplier of the logits, the
+        attention's is none, for heads are 64 wide at every width.
+        """
+        is_matrix = name.startswith("blocks.") and name.endswith(".weight")
+        return 1 / self.config.width_multiplier if is_matrix else 1.0
 
     def forward(self, text_BT: Tensor, image_BI: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of every token from those before it.
@@ -246,14 +296,30 @@ class Dalle(nn.Module):
         start = torch.full_like(image_BI[:, :1], NO_TOKEN)
         read_BI = torch.cat([start, image_BI[:, :-1]], dim=1)
         x_BNC = torch.cat([self.text_embedding(text_BT), self.image_embedding(read_BI)], dim=1)
+        embeddings, heads = self._ends
+        x_BNC = leave(x_BNC, embeddings)
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x_BNC = checkpoint(block, x_BNC, use_reentrant=False)
             else:
                 x_BNC = block(x_BNC)
-        x_BNC = self.norm(x_BNC)
+        x_BNC = self.norm(enter(x_BNC, heads))
         n_text = self.config.n_text
-        return self.text_head(x_BNC[:, :n_text]), self.image_head(x_BNC[:, n_text:])
+        text_logits_BTV = self.text_head(x_BNC[:, :n_text])
+        image_logits_BIV = self.image_head(x_BNC[:, n_text:])
+        return leave(text_logits_BTV, heads), leave(image_logits_BIV, heads)
+
+
+def z_sums(
+    text_logits_BTV: Tensor, image_logits_BIV: Tensor, text_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Squares of the log of the softmax's sum, added up over text tokens and image tokens.
+
+    Kept small, they keep logits from drifting (PaLM, arXiv 2204.02311; Chameleon, 2405.09818).
+    """
+    text_BT1 = (text_BT != NO_TOKEN)[..., None]
+    text = (text_logits_BTV.logsumexp(-1, keepdim=True).square() * text_BT1).sum()
+    return text, image_logits_BIV.logsumexp(-1).square().sum()
 
 
 def nll_sums(

@@ -28,9 +28,9 @@ from pipeline.training.engine import Engine
 
 log = logger("train")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KEEP = 2  # the newest; one more than needed, should a disk lose one
-META = {"schema_version", "updates", "applied", "world", "files", "identity"}
+META = {"schema_version", "updates", "applied", "world", "files", "identity", "state"}
 NAME = re.compile(r"step-\d{7}")
 
 
@@ -42,21 +42,28 @@ def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def save(engine: Engine, out: Path, identity: dict[str, Any]) -> None:
-    """Write a checkpoint under ``out``; all ranks call it, on one shared file system."""
+def save(engine: Engine, out: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
+    """Write a checkpoint under ``out``; all ranks call it, on one shared file system.
+
+    Args:
+        engine: what is saved.
+        out: of the run.
+        identity: what the checkpoint belongs to.
+        state: JSON values that ``resume`` gives back.
+    """
     final = _folder(out, engine.updates)
     staged = final.with_name(final.name + ".partial")
     if engine.rank == 0:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
     engine.barrier()
-    tensors, starts = {}, {}
+    tensors, places = {}, {}
     for name, part in engine.slices():
-        starts[name] = str(part.start)
+        places[name] = f"{part.start} {part.step}"
         for key, value in part.values.items():
             tensors[f"{key}/{name}"] = value.cpu().contiguous().clone()
     path = staged / _rank_file(engine.rank)
-    save_file(tensors, path, metadata=starts)
+    save_file(tensors, path, metadata=places)
     _sync(path)
     engine.barrier()
     if engine.rank == 0:
@@ -67,6 +74,7 @@ def save(engine: Engine, out: Path, identity: dict[str, Any]) -> None:
             "world": engine.world,
             "files": {p.name: p.stat().st_size for p in sorted(staged.iterdir())},
             "identity": identity,
+            "state": state,
         }
         write_json(staged / "meta.json", meta)
         shutil.rmtree(final, ignore_errors=True)
@@ -91,7 +99,8 @@ def _complete(out: Path) -> list[Path]:
             continue
         try:
             meta = json.loads((folder / "meta.json").read_text())
-            if missing := META - set(meta):
+            is_other = meta["schema_version"] != SCHEMA_VERSION  # which ``resume`` refuses
+            if missing := (META - set(meta)) if not is_other else set():
                 raise KeyError(f"meta.json lacks {', '.join(sorted(missing))}")
             files = meta["files"]
             sizes = {name: (folder / name).stat().st_size for name in files}
@@ -111,6 +120,7 @@ class _Source:
 
     folder: Path
     pieces: dict[str, list[tuple[int, int, Any]]]  # "key/name" -> [(start, stop, file)] in order
+    steps: dict[str, int]  # name -> updates of a parameter
 
     def read(self, name: str, key: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a flat parameter or state."""
@@ -124,6 +134,7 @@ class _Source:
 
 def _open(folder: Path, files: dict[str, int]) -> _Source:
     pieces: dict[str, list[tuple[int, int, Any]]] = {}
+    steps: dict[str, int] = {}
     for name in sorted(n for n in files if n.endswith(".safetensors")):
         try:
             file = safe_open(folder / name, framework="pt")
@@ -132,31 +143,38 @@ def _open(folder: Path, files: dict[str, int]) -> _Source:
                 f"{folder / name} cannot be read ({error}); "
                 f"delete {folder} to go on from the one before"
             ) from error
-        starts = file.metadata() or {}
+        places = {
+            parameter: tuple(map(int, place.split()))
+            for parameter, place in (file.metadata() or {}).items()
+        }
+        steps |= {parameter: step for parameter, (_, step) in places.items()}
         for entry in file.keys():  # noqa: SIM118 - safe_open is no dict
-            start = int(starts[entry.partition("/")[2]])
+            start, _ = places[entry.partition("/")[2]]
             size = file.get_slice(entry).get_shape()[0]
             pieces.setdefault(entry, []).append((start, start + size, file))
     for parts in pieces.values():
         parts.sort(key=lambda part: part[0])
-    return _Source(folder, pieces)
+    return _Source(folder, pieces, steps)
 
 
-def resume(engine: Engine, out: Path, identity: dict[str, Any]) -> bool:
-    """Continue from the newest complete checkpoint under ``out``; False where there is none.
+def resume(engine: Engine, out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Continue from the newest complete checkpoint under ``out``.
+
+    Returns:
+        The ``state`` that was saved with it, or None where there is no checkpoint.
 
     Raises:
         InputError: a newer schema, or a checkpoint of another run: what differs is named.
     """
     folders = _complete(out)
     if not folders:
-        return False
+        return None
     folder = folders[-1]
     meta = json.loads((folder / "meta.json").read_text())
-    if meta["schema_version"] > SCHEMA_VERSION:
+    if (version := meta["schema_version"]) != SCHEMA_VERSION:
+        way_out = "update the code" if version > SCHEMA_VERSION else "give another --out"
         raise InputError(
-            f"{folder} has schema version {meta['schema_version']}, this code reads up to "
-            f"{SCHEMA_VERSION}; update the code"
+            f"{folder} has schema version {version}, this code reads {SCHEMA_VERSION}; {way_out}"
         )
     for what, there, here in _differences(meta["identity"], identity):
         raise InputError(
@@ -164,9 +182,10 @@ def resume(engine: Engine, out: Path, identity: dict[str, Any]) -> bool:
             "start it as before, or give another --out"
         )
     source = _open(folder, meta["files"])
-    engine.restore(source.read, meta["updates"], meta["applied"])
+    engine.restore(source.read, source.steps, meta["updates"], meta["applied"])
     log.info("resumed from %s, written by %d ranks", folder, meta["world"])
-    return True
+    state: dict[str, Any] = meta["state"]
+    return state
 
 
 def _differences(there: Any, here: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

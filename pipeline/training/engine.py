@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from pipeline import config
 from pipeline.console import InputError, logger
+from pipeline.models.dalle import Dalle
 from pipeline.training import ds_config
+from pipeline.training.gradient_scales import GradientScales
 from pipeline.training.optimizer import AdamW, parameter_groups
 
 log = logger("train")
@@ -34,10 +36,16 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 @dataclass
 class Slice:
-    """This rank's part of one parameter, flat: its elements from ``start`` on, float32."""
+    """This rank's part of one parameter, flat: its elements from ``start`` on.
+
+    ``values`` holds "weight" and, after the first applied update, STATE_KEYS: float32, moments in
+    the type that the recipe keeps them in. ``step`` counts the updates of this parameter, of which
+    AdamW's corrections depend: one whose block was skipped has had fewer than others.
+    """
 
     start: int
-    values: dict[str, Tensor]  # "weight" and, after the first applied update, STATE_KEYS
+    values: dict[str, Tensor]
+    step: int = 0
 
 
 class Engine(ABC):
@@ -52,7 +60,8 @@ class Engine(ABC):
     model: nn.Module  # call it for the forward pass
     module: nn.Module  # the same without DeepSpeed around it
     updates = 0  # made so far
-    applied = 0  # of these: all whose gradient norm was finite; the count of AdamW's corrections
+    applied = 0  # of these: all whose gradient norm was finite
+    scales: GradientScales | None = None  # of the residual blocks, where they compute in float16
 
     @abstractmethod
     def backward(self, share: Tensor) -> None:
@@ -68,9 +77,20 @@ class Engine(ABC):
 
     @abstractmethod
     def restore(
-        self, read: Callable[[str, str, int, int], Tensor], updates: int, applied: int
+        self,
+        read: Callable[[str, str, int, int], Tensor],
+        steps: dict[str, int],
+        updates: int,
+        applied: int,
     ) -> None:
-        """Set weights and optimizer state from ``read(name, key, start, stop)`` -> flat float32."""
+        """Set weights and optimizer state.
+
+        Args:
+            read: (name, key, start, stop) -> flat part of a parameter or of its state.
+            steps: name -> ``Slice.step``.
+            updates: made so far.
+            applied: of these.
+        """
 
     @abstractmethod
     def gather(self, key: str) -> dict[str, Tensor]:
@@ -87,12 +107,55 @@ class Engine(ABC):
         if self.world > 1:
             dist.barrier()
 
+    def state(self) -> dict[str, Any]:
+        """JSON values beside the tensors that a checkpoint keeps."""
+        return {} if self.scales is None else {"scales": self.scales.state()}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state``."""
+        if self.scales is not None:
+            self.scales.restore(state.get("scales", {}))
+
+    def _take_scales(self, module: nn.Module) -> None:
+        """Scale the gradients of the residual blocks, where float16 needs it."""
+        if self.compute_dtype != torch.float16:
+            return
+        if not isinstance(module, Dalle):
+            raise InputError(
+                "float16 needs gradient scales, which only the transformer has: take bf16 or fp32 "
+                "for stage 1"
+            )
+        self.scales = GradientScales(module.take_gradient_scales())
+
+    def _largest(self, value: Tensor) -> Tensor:
+        if self.world > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return value
+
+
+def _by_block(module: nn.Module) -> dict[str, list[Any]]:
+    """Parameters of each residual block, in their order."""
+    blocks: dict[str, list[Any]] = {}
+    assert isinstance(module, Dalle)
+    for name, parameter in module.named_parameters():
+        blocks.setdefault(module.block_of(name), []).append(parameter)
+    return blocks
+
 
 class PlainEngine(Engine):
-    """One process, one device, no DeepSpeed."""
+    """One process, one device, no DeepSpeed.
+
+    Args:
+        build: makes the model.
+        run: the preset.
+        dtype: of the matrices; None for bfloat16 on a GPU and float32 elsewhere.
+    """
 
     def __init__(
-        self, build: Callable[[], nn.Module], run: config.DvaeRun | config.DalleRun
+        self,
+        build: Callable[[], nn.Module],
+        run: config.DvaeRun | config.DalleRun,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError(
@@ -101,13 +164,16 @@ class PlainEngine(Engine):
                 "add --deepspeed_config ds_configs/zero3_cpu.json"
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.compute_dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        usual = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.compute_dtype = dtype or usual
         self.micro_batch, self.accumulation = run.batch, 1
         torch.manual_seed(run.seed)
         self.model = self.module = build().to(self.device)
         self._clip = run.optimizer.gradient_clipping
         self._ema_every = run.optimizer.ema_every
-        self._optimizer = AdamW(parameter_groups(self.model, run.optimizer), run.optimizer)
+        self._take_scales(self.module)
+        groups = parameter_groups(self.model, run.optimizer, by_block=self.scales is not None)
+        self._optimizer = AdamW(groups, run.optimizer)
 
     def backward(self, share: Tensor) -> None:
         """Add the gradients of a share of the loss."""
@@ -115,6 +181,10 @@ class PlainEngine(Engine):
 
     def update(self, lr: float) -> float:
         """Clip, update, count; a norm that is not finite updates nothing."""
+        if self.scales is not None:
+            parameters = _by_block(self.module)
+            gradients = {name: [p.grad for p in part] for name, part in parameters.items()}
+            self._optimizer.skip(self.scales.unscale(gradients, self._largest))
         bound = self._clip if self._clip > 0 else float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound))
         self.updates += 1
@@ -132,11 +202,15 @@ class PlainEngine(Engine):
             values = {"weight": parameter.detach().float().flatten()}
             state = self._optimizer.state.get(parameter, {})
             values |= {key: state[key].flatten() for key in STATE_KEYS if key in state}
-            yield name, Slice(0, values)
+            yield name, Slice(0, values, int(state.get("step", 0)))
 
     @torch.no_grad()
     def restore(
-        self, read: Callable[[str, str, int, int], Tensor], updates: int, applied: int
+        self,
+        read: Callable[[str, str, int, int], Tensor],
+        steps: dict[str, int],
+        updates: int,
+        applied: int,
     ) -> None:
         """Set weights, moments and average."""
         self.updates, self.applied = updates, applied
@@ -145,7 +219,7 @@ class PlainEngine(Engine):
             if not applied:
                 continue
             state = self._optimizer.state[p]
-            state["step"] = torch.tensor(float(applied), device=p.device)
+            state["step"] = torch.tensor(float(steps[name]), device=p.device)
             for key in STATE_KEYS:
                 state[key] = read(name, key, 0, p.numel()).view_as(p).to(p.device)
 
@@ -185,7 +259,9 @@ class ZeroEngine(Engine):
             model = build()
         if leaves := getattr(model, "ZERO_LEAVES", ()):
             set_z3_leaf_modules(model, list(leaves))
-        self._optimizer = AdamW(parameter_groups(model, run.optimizer), run.optimizer)
+        self._take_scales(model)
+        groups = parameter_groups(model, run.optimizer, by_block=self.scales is not None)
+        self._optimizer = AdamW(groups, run.optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=resolved, dist_init_required=False
         )
@@ -205,11 +281,24 @@ class ZeroEngine(Engine):
         self.updates += 1
         self._optimizer.set_lr(lr)
         self._optimizer.ema_is_due = self.updates % self._ema_every == 0
+        if self.scales is not None:
+            self._unscale(self.scales)
         self._engine.step()
         # infinite where DeepSpeed skipped the update
         norm = float(self._engine.get_global_grad_norm())
         self.applied += math.isfinite(norm)
         return norm
+
+    def _unscale(self, scales: GradientScales) -> None:
+        """Before DeepSpeed looks for what is not finite: it would skip the update of all blocks."""
+        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+
+        parameters = _by_block(self.module)
+        gradients = {n: [safe_get_local_grad(p) for p in part] for n, part in parameters.items()}
+        self._optimizer.skip(scales.unscale(gradients, self._largest))
+        for name, part in parameters.items():
+            for parameter, gradient in zip(part, gradients[name], strict=True):
+                safe_set_local_grad(parameter, gradient)
 
     def slices(self) -> Iterator[tuple[str, Slice]]:
         """This rank's chunk of each parameter, without DeepSpeed's padding."""
@@ -219,11 +308,18 @@ class ZeroEngine(Engine):
             start, length = self._chunk(p.ds_numel)
             if length == 0:
                 continue
-            values = {"weight": safe_get_local_fp32_param(p).detach()[:length]}
+            values, step = {"weight": safe_get_local_fp32_param(p).detach()[:length]}, 0
             if self.applied:
                 for key in STATE_KEYS:
                     values[key] = safe_get_local_optimizer_state(p, key).detach()[:length]
-            yield name, Slice(start, values)
+                step = int(self._optimizer.state[self._place(p)[0]]["step"])
+            yield name, Slice(start, values, step)
+
+    def _place(self, p: Any) -> tuple[Any, int]:
+        """The flat tensor that this rank's part of a parameter lies in, and where it begins."""
+        zero = self._engine.optimizer
+        group, offset, _ = zero.grad_position[zero.get_param_id(p)]
+        return zero.fp32_partitioned_groups_flat[group], offset
 
     def _named_parameters(self) -> Iterator[tuple[str, Any]]:
         """Parameters with what ``zero.Init`` hangs on them: ds_numel, ds_shape."""
@@ -236,7 +332,11 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def restore(
-        self, read: Callable[[str, str, int, int], Tensor], updates: int, applied: int
+        self,
+        read: Callable[[str, str, int, int], Tensor],
+        steps: dict[str, int],
+        updates: int,
+        applied: int,
     ) -> None:
         """Set the shards of weights, moments and average; internals of DeepSpeed 0.19.8."""
         self.updates, self.applied = updates, applied
@@ -244,15 +344,16 @@ class ZeroEngine(Engine):
         zero = self._engine.optimizer
         for flat in zero.fp32_partitioned_groups_flat if applied else ():
             state = self._optimizer.state[flat]
-            state["step"] = torch.tensor(float(applied), device=flat.device)
             for key in keys:
                 state[key] = torch.zeros_like(flat)
         for name, p in self._named_parameters():
+            flat, offset = self._place(p)
+            if applied:
+                step = torch.tensor(float(steps[name]), device=flat.device)
+                self._optimizer.state[flat]["step"] = step
             start, length = self._chunk(p.ds_numel)
             if length == 0:
                 continue
-            group, offset, _ = zero.grad_position[zero.get_param_id(p)]
-            flat = zero.fp32_partitioned_groups_flat[group]
             here = slice(offset, offset + length)
             flat.data[here] = read(name, "weight", start, start + length)
             for key in keys:

@@ -61,6 +61,21 @@ class Stage(ABC, Generic[Batch]):
     def lr(self, step: int) -> float:
         """The step size of update ``step``, from 0."""
 
+    @property
+    def wants_losses(self) -> bool:
+        """Whether ``observe`` is to be told of every update."""
+        return False
+
+    def observe(self, step: int, loss: float) -> None:
+        """The training loss of update ``step``, the same on all ranks."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON values that go into a checkpoint."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a ``state``."""
+
     @abstractmethod
     def figures(self, step: int) -> dict[str, float]:
         """Schedules worth a place in the log."""
@@ -91,7 +106,9 @@ def train(stage: Stage[Any], engine: Engine, out: Path) -> None:
 def _train(stage: Stage[Any], engine: Engine, out: Path) -> None:
     run = stage.run
     identity = {"preset": as_dict(run), **stage.identity()}
-    checkpoint.resume(engine, out, identity)
+    if (state := checkpoint.resume(engine, out, identity)) is not None:
+        engine.restore_state(state["engine"])
+        stage.restore(state["stage"])
     stage.prepare(engine)
     if engine.updates >= run.steps:
         log.info("all %d updates are done: nothing to train, exporting the model", run.steps)
@@ -114,7 +131,8 @@ def _train(stage: Stage[Any], engine: Engine, out: Path) -> None:
                     telemetry.figures("machine", step, {"peak_gib": _peak_gib(engine)})
                     engine.model.train()
                 if step % run.save_every == 0 or step == run.steps:
-                    checkpoint.save(engine, out, identity)
+                    state = {"engine": engine.state(), "stage": stage.state()}
+                    checkpoint.save(engine, out, identity, state)
     finally:
         telemetry.close()
     stage.finish(engine, out)
@@ -194,8 +212,9 @@ def _update(stage: Stage[Any], engine: Engine, batches: list[Any]) -> dict[str, 
     norm = engine.update(stage.lr(step))
     is_due = (step + 1) % run.log_every == 0 or step == 0 or step + 1 == run.steps
     # a loss that is not finite shows in the norm, which is known anyway
-    if not is_due and math.isfinite(norm):
+    if not is_due and math.isfinite(norm) and not stage.wants_losses:
         return None
+    lr = stage.lr(step)  # before the stage learns of the loss
     summed = engine.sum(torch.stack(list(sums.values()))).tolist()
     result = dict(zip(sums, summed, strict=True))
     if not math.isfinite(result["loss"]):
@@ -203,4 +222,8 @@ def _update(stage: Stage[Any], engine: Engine, batches: list[Any]) -> dict[str, 
             f"the loss of update {step + 1} is {result['loss']}; the last checkpoint is kept: "
             "resume with a smaller step size or a longer warm-up in the preset"
         )
-    return result | {"lr": stage.lr(step), "gradient_norm": norm, **stage.figures(step)}
+    stage.observe(step, result["loss"])
+    if not is_due and math.isfinite(norm):
+        return None
+    scales = {} if engine.scales is None else engine.scales.figures()
+    return result | {"lr": lr, "gradient_norm": norm, **scales, **stage.figures(step)}

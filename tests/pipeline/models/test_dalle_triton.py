@@ -9,7 +9,7 @@ from pipeline import presets
 from pipeline.config import DalleConfig
 from pipeline.models.dalle import Dalle, nll_sums
 from pipeline.training.optimizer import AdamW, parameter_groups
-from pipeline.training.schedules import warmed_up
+from pipeline.training.schedules import LearningRate
 
 ON_A_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_A_GPU else "cpu")
@@ -36,7 +36,7 @@ def losses(config: DalleConfig, backend: str, dtype: torch.dtype) -> list[float]
         loss = text_nll / text.numel() / 8 + image_nll / image.numel() * 7 / 8
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.gradient_clipping)
-        optimizer.set_lr(warmed_up(run.lr, run.warmup, step))
+        optimizer.set_lr(LearningRate(run.lr, run.warmup).at(step))
         optimizer.step()
         optimizer.zero_grad()
         curve.append(loss.item())

@@ -11,6 +11,7 @@ from pipeline.training import checkpoint
 from pipeline.training.engine import STATE_KEYS, Slice
 
 IDENTITY = {"preset": {"lr": {"start": 0.1}}, "tokens": "abc"}
+STATE = {"engine": {}, "stage": {"losses": [1.5, 0.1]}}
 SIZES = {"matrix": 101, "bias": 7, "scale": 1}
 
 
@@ -29,6 +30,7 @@ class Sharded:
     def __init__(self, updates, rank=0, world=1, barrier=lambda: None):
         self.updates = self.applied = updates
         self.rank, self.world, self.barrier = rank, world, barrier
+        self.steps = dict.fromkeys(SIZES, updates)
 
     def chunk(self, n):
         size = -(-n // self.world)
@@ -39,10 +41,11 @@ class Sharded:
         for name, n in SIZES.items():
             start, stop = self.chunk(n)
             if start < stop:
-                yield name, Slice(start, {key: state[key][name][start:stop] for key in state})
+                values = {key: state[key][name][start:stop] for key in state}
+                yield name, Slice(start, values, self.steps[name])
 
-    def restore(self, read, updates, applied):
-        self.updates, self.applied = updates, applied
+    def restore(self, read, steps, updates, applied):
+        self.updates, self.applied, self.steps = updates, applied, steps
         self.got = {}
         for name, n in SIZES.items():
             start, stop = self.chunk(n)
@@ -56,7 +59,8 @@ def save(out, updates, world=1, identity=IDENTITY):
     barrier = threading.Barrier(world).wait
     ranks = [Sharded(updates, rank, world, barrier) for rank in range(world)]
     threads = [
-        threading.Thread(target=checkpoint.save, args=(rank, out, identity)) for rank in ranks
+        threading.Thread(target=checkpoint.save, args=(rank, out, identity, STATE))
+        for rank in ranks
     ]
     for thread in threads:
         thread.start()
@@ -66,7 +70,7 @@ def save(out, updates, world=1, identity=IDENTITY):
 
 def resume(out, world=1, identity=IDENTITY):
     ranks = [Sharded(0, rank, world) for rank in range(world)]
-    assert all(checkpoint.resume(rank, out, identity) for rank in ranks)
+    assert all(checkpoint.resume(rank, out, identity) == STATE for rank in ranks)
     return ranks
 
 
@@ -88,9 +92,9 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path, wrote, reads)
 
 def test_skipped_updates_are_remembered(tmp_path):
     engine = Sharded(5)
-    engine.applied = 3
-    checkpoint.save(engine, tmp_path, IDENTITY)
-    assert [(r.updates, r.applied) for r in resume(tmp_path)] == [(5, 3)]
+    engine.applied, engine.steps = 3, {"matrix": 3, "bias": 1, "scale": 0}
+    checkpoint.save(engine, tmp_path, IDENTITY, STATE)
+    assert [(r.updates, r.applied, r.steps) for r in resume(tmp_path)] == [(5, 3, engine.steps)]
 
 
 def cut(path):
@@ -137,10 +141,10 @@ def test_passing_over_is_said(tmp_path, monkeypatch):
 
 
 def test_without_a_checkpoint_nothing_is_restored(tmp_path):
-    assert not checkpoint.resume(Sharded(0), tmp_path, IDENTITY)
+    assert checkpoint.resume(Sharded(0), tmp_path, IDENTITY) is None
     save(tmp_path, 5)
     (tmp_path / "checkpoints/step-0000005/meta.json").unlink()
-    assert not checkpoint.resume(Sharded(0), tmp_path, IDENTITY)
+    assert checkpoint.resume(Sharded(0), tmp_path, IDENTITY) is None
 
 
 def test_only_the_newest_two_are_kept(tmp_path):
@@ -183,11 +187,15 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, identity, sentence):
         resume(tmp_path, identity=identity)
 
 
-def test_a_newer_schema_is_refused(tmp_path):
+@pytest.mark.parametrize(("version", "way_out"), [(1, "give another --out"), (3, "update the")])
+def test_another_schema_is_refused(tmp_path, version, way_out):
     save(tmp_path, 5)
     path = tmp_path / "checkpoints/step-0000005/meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 2}))
-    with pytest.raises(InputError, match="schema version 2, this code reads up to 1; update"):
+    meta = json.loads(path.read_text()) | {"schema_version": version}
+    if version == 1:
+        del meta["state"]
+    path.write_text(json.dumps(meta))
+    with pytest.raises(InputError, match=f"schema version {version}, this code reads 2; {way_out}"):
         resume(tmp_path)
 
 
@@ -206,12 +214,12 @@ def test_before_the_first_applied_update_there_are_weights_alone(tmp_path):
     engine = SimpleNamespace(
         rank=0, world=1, updates=1, applied=0, barrier=lambda: None, slices=lambda: [("w", part)]
     )
-    checkpoint.save(engine, tmp_path, IDENTITY)
+    checkpoint.save(engine, tmp_path, IDENTITY, STATE)
     got = []
-    engine.restore = lambda read, updates, applied: got.extend(
+    engine.restore = lambda read, steps, updates, applied: got.extend(
         [read("w", "weight", 0, 3), updates, applied]
     )
-    assert checkpoint.resume(engine, tmp_path, IDENTITY)
+    assert checkpoint.resume(engine, tmp_path, IDENTITY) == STATE
     assert torch.equal(got[0], torch.ones(3))
     assert got[1:] == [1, 0]
 

@@ -3,7 +3,12 @@ import math
 import pytest
 
 from pipeline.config import Ramp
-from pipeline.training.schedules import at, warmed_up
+from pipeline.training.schedules import LearningRate, at
+
+
+def warmed_up(kind, warmup, step):
+    return LearningRate(kind, warmup).at(step)
+
 
 FALLING, RISING = Ramp(4.0, 1.0, 8), Ramp(0.0, 6.6, 5000)
 
