@@ -183,7 +183,10 @@ class PlainEngine(Engine):
         """Clip, update, count; a norm that is not finite updates nothing."""
         if self.scales is not None:
             parameters = _by_block(self.module)
-            gradients = {name: [p.grad for p in part] for name, part in parameters.items()}
+            gradients = {
+                name: [p.grad for p in part if p.grad is not None]
+                for name, part in parameters.items()
+            }
             self._optimizer.skip(self.scales.unscale(gradients, self._largest))
         bound = self._clip if self._clip > 0 else float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound))

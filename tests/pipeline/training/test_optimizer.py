@@ -9,7 +9,7 @@ from pipeline.config import Optimizer
 from pipeline.models.dalle import Dalle
 from pipeline.models.dvae import DiscreteVAE
 from pipeline.training.engine import PlainEngine
-from pipeline.training.optimizer import parameter_groups
+from pipeline.training.optimizer import AdamW, parameter_groups
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
@@ -65,6 +65,8 @@ class Reference:
             g = g * shrink
             self.m[name] = r.betas[0] * self.m[name] + (1 - r.betas[0]) * g
             self.v[name] = r.betas[1] * self.v[name] + (1 - r.betas[1]) * g**2
+            if r.max_exp_avg_sq:  # before it is used, and for all updates to come (B.2)
+                self.v[name] = np.minimum(self.v[name], r.max_exp_avg_sq)
             m = self.m[name] / (1 - r.betas[0] ** self.updates)
             v = self.v[name] / (1 - r.betas[1] ** self.updates)
             decay = r.weight_decay if name == "weight" else 0.0
@@ -95,6 +97,85 @@ def test_weights_and_average_follow_a_float64_reference_for_200_updates(ema_ever
             np.testing.assert_allclose(value.numpy(), wanted[name], rtol=1e-4, atol=1e-5)
     # a wrong rhythm or decay would show
     assert np.abs(reference.ema["weight"] - reference.weights["weight"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("bound", [1e-3, 0.02, 0.5])
+def test_the_running_variance_is_clipped_before_it_is_used(bound):
+    engine = toy_engine(max_exp_avg_sq=bound)
+    recipe = dataclasses.replace(RECIPE, max_exp_avg_sq=bound)
+    reference = Reference(engine.gather("weight"), recipe)
+    rng = np.random.default_rng(2)
+    n_clipped = 0
+    for _ in range(60):
+        gradients = random_gradients(rng, scale=rng.uniform(0.1, 3.0))
+        push(engine, gradients)
+        engine.update(0.01)
+        reference.update(gradients, 0.01)
+        n_clipped += sum(int((v == bound).sum()) for v in reference.v.values())
+    assert n_clipped > 20
+    for name, value in engine.gather("weight").items():
+        np.testing.assert_allclose(value.numpy(), reference.weights[name], rtol=1e-4, atol=1e-5)
+    for name, part in engine.slices():
+        variance = part.values["exp_avg_sq"].view(SHAPES[name])
+        np.testing.assert_allclose(variance, reference.v[name], rtol=1e-4, atol=1e-7)
+        assert variance.max() <= bound * (1 + 1e-4)
+
+
+def test_moments_of_16_bits_stay_near_those_of_32():
+    engines = [toy_engine(moment_dtype=kind) for kind in ("float32", "bfloat16")]
+    rng = np.random.default_rng(3)
+    for _ in range(100):
+        gradients = random_gradients(rng)
+        for engine in engines:
+            push(engine, gradients)
+            engine.update(0.01)
+    (exact, rough) = (dict(engine.slices()) for engine in engines)
+    for name, part in rough.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert exact[name].values[key].dtype == torch.float32
+            assert part.values[key].dtype == torch.bfloat16
+        for key in ("weight", "ema"):
+            assert part.values[key].dtype == torch.float32
+        moved = exact[name].values["weight"] - part.values["weight"]
+        assert 0 < moved.abs().max() < 0.05
+        torch.testing.assert_close(
+            part.values["exp_avg_sq"].float(), exact[name].values["exp_avg_sq"], rtol=0.1, atol=0
+        )
+
+
+def test_a_skipped_block_keeps_weights_moments_and_count():
+    model = Dalle(tiny.dalle().model)
+    groups = parameter_groups(model, RECIPE, by_block=True)
+    blocks = {group["block"] for group in groups}
+    layers = [f"blocks.{i}.{part}" for i in range(3) for part in ("attention", "mlp")]
+    assert blocks == {"embeddings", "heads", *layers}
+    for group in groups:
+        assert {model.block_of(n) for n, p in model.named_parameters()
+                if any(p is q for q in group["params"])} == {group["block"]}  # fmt: skip
+    optimizer = AdamW(groups, RECIPE)
+    optimizer.set_lr(0.1)
+    generator = torch.Generator().manual_seed(0)
+
+    def update(skipped):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.skip({block: block in skipped for block in blocks})
+        optimizer.step()
+
+    def state(name, p):
+        kept = optimizer.state[p]
+        return [p, *(kept[key] for key in ("exp_avg", "exp_avg_sq", "step"))]
+
+    # one is skipped before it has any state
+    update({"blocks.0.mlp"})
+    before = {n: [v.clone() for v in state(n, p)] for n, p in model.named_parameters()}
+    update({"blocks.0.mlp", "blocks.2.attention"})
+    for name, p in model.named_parameters():
+        is_same = [torch.equal(a, b) for a, b in zip(state(name, p), before[name], strict=True)]
+        is_skipped = model.block_of(name) in ("blocks.0.mlp", "blocks.2.attention")
+        assert all(is_same) if is_skipped else not any(is_same), name
+        steps = {"blocks.0.mlp": 0, "blocks.2.attention": 1}.get(model.block_of(name), 2)
+        assert optimizer.state[p]["step"] == steps
 
 
 def test_gains_and_biases_do_not_decay():
