@@ -6,6 +6,7 @@ by SIGKILL at a place that the test chose.
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import socket
@@ -16,7 +17,16 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config import DalleConfig, DalleRun, DvaeConfig, DvaeRun, FsqConfig, Optimizer, Ramp
+from pipeline.config import (
+    DalleConfig,
+    DalleRun,
+    DvaeConfig,
+    DvaeRun,
+    FsqConfig,
+    Optimizer,
+    Plateau,
+    Ramp,
+)
 from pipeline.console import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +81,58 @@ def dalle_short_with_one_head() -> DalleRun:
 def dalle_other_seed() -> DalleRun:
     """Another run."""
     return dataclasses.replace(dalle(), seed=1)
+
+
+def dalle_full() -> DalleRun:
+    """``dalle`` with all of the recipe: gradient scales, a bounded variance, QK-norm, z-loss."""
+    from pipeline.training.engine import Engine
+    from pipeline.training.gradient_scales import GradientScales
+
+    def take(self, module):
+        # else float16 has them alone, whose sums depend on how a batch is cut
+        self.scales = GradientScales(module.take_gradient_scales())
+
+    Engine._take_scales = take
+    run = dalle()
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, qk_norm=True),
+        # a gradient of norm 4 is clipped and so is the variance
+        optimizer=dataclasses.replace(
+            run.optimizer, gradient_clipping=0.5, max_exp_avg_sq=1e-5, ema_every=2
+        ),
+        z_loss=0.01, lr=Plateau(5e-3, halvings=2, window=50, patience=100),
+        steps=6, val_every=6, save_every=1,
+    )  # fmt: skip
+
+
+def dalle_full_overflowing() -> DalleRun:
+    """``dalle_full``; in the last update one block of the last rank overflows."""
+    from pipeline.models import dalle as models
+    from pipeline.training.gradient_scales import GradientScales
+
+    run = dalle_full()
+    init, forward, unscale = models.Dalle.__init__, models.MLP.forward, GradientScales.unscale
+    rank, last = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    updates = []
+
+    def marked(self, config):
+        init(self, config)
+        self.blocks[1].mlp.overflows = rank == max(last, 1) - 1
+
+    def spoilt(self, x):
+        y = forward(self, x)
+        if getattr(self, "overflows", False) and y.requires_grad:
+            y.register_hook(lambda g: g * math.inf if len(updates) == run.steps - 1 else g)
+        return y
+
+    def counted(self, *args):
+        updates.append(None)
+        return unscale(self, *args)
+
+    models.Dalle.__init__, models.MLP.forward = marked, spoilt
+    GradientScales.unscale = counted
+    return run
 
 
 def dalle_damaged_on_rank_1() -> DalleRun:

@@ -19,6 +19,8 @@ KNOWN = (
     "gradient_accumulation_steps",
     "zero_optimization",
     "bf16",
+    "fp16",
+    "compute_dtype",
     "data_types",
     "activation_checkpointing",
     "communication_data_type",
@@ -27,8 +29,12 @@ KNOWN = (
     "comms_logger",
 )
 DTYPES = (None, "fp32", "bf16", "fp16")
+NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# keys of our own, which DeepSpeed does not get to see
+OWN = ("activation_checkpointing", "compute_dtype")
 KNOWN_INSIDE = {
     "bf16": ("enabled",),
+    "fp16": ("enabled",),
     "data_types": ("grad_accum_dtype",),
     "activation_checkpointing": ("enabled",),
 }
@@ -87,12 +93,15 @@ def resolve(
         "steps_per_print": 10**9,
         # our AdamW is a client optimizer
         "zero_allow_untested_optimizer": True,
-        **{k: v for k, v in ds.items() if k != "activation_checkpointing"},
+        **{key: value for key, value in ds.items() if key not in OWN},
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": gradient_clipping,
     }
+    if ds.get("fp16", {}).get("enabled", False):
+        # the residual blocks have scales of their own (training.gradient_scales)
+        resolved["fp16"] = {"enabled": True, "loss_scale": 1.0}
     inside = {f"zero_optimization.{key}": value for key, value in zero.items()}
     if left := [key for key, value in (resolved | inside).items() if value == "auto"]:
         raise InputError(f'"auto" is not understood for {", ".join(left)}; write a value')
@@ -138,19 +147,32 @@ def _check_values(ds: dict[str, Any]) -> None:
     for key, value in (
         ("data_types.grad_accum_dtype", accumulated),
         ("communication_data_type", ds.get("communication_data_type")),
+        ("compute_dtype", ds.get("compute_dtype")),
     ):
         if value not in DTYPES:
             raise InputError(f"{key} is {value!r}; write fp32, bf16 or fp16")
-    for key in ("bf16", "activation_checkpointing"):
+    for key in ("bf16", "fp16", "activation_checkpointing"):
         enabled = ds.get(key, {}).get("enabled", False)
         if not isinstance(enabled, bool):
             raise InputError(f"{key}.enabled is {enabled!r}; write true or false")
+    _check_owner_of_dtype(ds)
     try:
         DeepSpeedZeroConfig(**ds.get("zero_optimization", {}))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, ("zero_optimization", *first["loc"])))
         raise InputError(f"{where} is {first['input']!r}: {first['msg']}") from error
+
+
+def _check_owner_of_dtype(ds: dict[str, Any]) -> None:
+    """One of three says in which numbers the matrices are computed."""
+    owners = [key for key in ("bf16", "fp16") if ds.get(key, {}).get("enabled", False)]
+    owners += ["compute_dtype"] if ds.get("compute_dtype") is not None else []
+    if len(owners) > 1:
+        raise InputError(
+            f"{' and '.join(owners)} of the ds_config both say in which numbers the matrices are "
+            "computed: leave one. bf16 and fp16 store parameters so too, compute_dtype does not"
+        )
 
 
 def _micro_batches(ds: dict[str, Any], batch: int, world: int) -> tuple[int, int]:
@@ -182,5 +204,12 @@ def uses_activation_checkpointing(ds: dict[str, Any]) -> bool:
 
 
 def compute_dtype_name(ds: dict[str, Any]) -> str:
-    """The file's word for the matrices: bfloat16 or float32."""
-    return "bfloat16" if ds.get("bf16", {}).get("enabled", False) else "float32"
+    """In which numbers the file has the matrices computed: bfloat16, float16 or float32.
+
+    ``bf16`` and ``fp16`` are DeepSpeed's, and store and send the parameters so as well;
+    ``compute_dtype`` is ours, for parameters that stay float32.
+    """
+    for key in ("bf16", "fp16"):
+        if ds.get(key, {}).get("enabled", False):
+            return NAMES[key]
+    return NAMES[ds.get("compute_dtype") or "fp32"]

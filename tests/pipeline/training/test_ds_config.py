@@ -66,6 +66,11 @@ MICRO, ACCUMULATION = "train_micro_batch_size_per_gpu", "gradient_accumulation_s
         ({MICRO: 0}, "train_micro_batch_size_per_gpu is 0"),
         ({ACCUMULATION: -1}, "gradient_accumulation_steps is -1"),
         ({ACCUMULATION: True}, "gradient_accumulation_steps is True"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}},
+         "bf16 and fp16 of the ds_config both say in which numbers the matrices are computed"),
+        ({"fp16": {"enabled": True}, "compute_dtype": "fp16"}, "fp16 and compute_dtype of the ds"),
+        ({"fp16": {"enabled": True, "loss_scale": 0}}, "has fp16.loss_scale, which is unknown"),
+        ({"compute_dtype": "float16"}, "compute_dtype is 'float16'; write fp32, bf16 or fp16"),
         ({"bf16": {"enabled": "auto"}}, "bf16.enabled is 'auto'; write true or false"),
         ({"steps_per_print": "often"}, "steps_per_print is 'often'; write a whole number"),
         ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown is 'yes'; write true or false"),
@@ -112,6 +117,13 @@ def test_our_own_switches_are_read_and_not_given_to_deepspeed():
     assert "activation_checkpointing" not in resolve(ds)
     assert ds_config.compute_dtype_name(ds) == "float32"
     assert ds_config.compute_dtype_name(ds | {"bf16": {"enabled": True}}) == "bfloat16"
+    assert ds_config.compute_dtype_name(ds | {"fp16": {"enabled": True}}) == "float16"
+    own = ds | {"compute_dtype": "fp16"}
+    assert ds_config.compute_dtype_name(own) == "float16"
+    assert "compute_dtype" not in resolve(own)
+    # scales are the blocks' own
+    fp16 = resolve(ds | {"fp16": {"enabled": True}})["fp16"]
+    assert fp16 == {"enabled": True, "loss_scale": 1.0}
 
 
 NATURAL = [

@@ -148,7 +148,7 @@ class Deep(torch.nn.Module):
 
 
 def fitted(kind, updates=400):
-    """How far each block is from the truth after training: in float32, with one scale for all, with one for each."""
+    """How far each block is from the truth: in float32, with one scale for all, or one for each."""
     sizes = [2.0 ** (31 - 3 * i) for i in range(16)]  # gradients from 2^-40 to 2^5
     model = Deep(sizes)
     generator = torch.Generator().manual_seed(0)
