@@ -101,7 +101,7 @@ def dalle_full() -> DalleRun:
         optimizer=dataclasses.replace(
             run.optimizer, gradient_clipping=0.5, max_exp_avg_sq=1e-5, ema_every=2
         ),
-        z_loss=0.01, lr=Plateau(5e-3, halvings=2, window=50, patience=100),
+        z_loss=0.01, lr=Plateau(2e-3, halvings=2, window=50, patience=100),
         steps=6, val_every=6, save_every=1,
     )  # fmt: skip
 

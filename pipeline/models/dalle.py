@@ -63,14 +63,15 @@ class Dense(nn.Module):
 class LayerNorm(nn.Module):
     """LayerNorm with gain and bias, in float32 whatever the parameters are stored in."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, has_bias: bool = True) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] float32 to the same."""
-        return F.layer_norm(x, x.shape[-1:], self.gain.float(), self.bias.float())
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x, x.shape[-1:], self.gain.float(), bias)
 
 
 class Head(nn.Module):
@@ -145,7 +146,9 @@ class Attention(nn.Module):
         self.qkv = Dense(config.d_model, 3 * config.d_model)
         self.out = Dense(config.d_model, config.d_model, gain=_residual_gain(config))
         width = config.d_model // config.n_head
-        self.norms = nn.ModuleList(LayerNorm(width) for _ in "qk") if config.qk_norm else None
+        # of queries and keys; a bias of the keys would change nothing
+        norms = (LayerNorm(width, has_bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(norms) if config.qk_norm else None
 
     def forward(self, x_BNC: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Attention of all positions, or with a ``cache`` of the next ones."""
