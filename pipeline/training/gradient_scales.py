@@ -43,6 +43,12 @@ class GradientScales:
 
     Args:
         scales: block -> its scale, which is set to ``START``; the order is that of the flags.
+
+    Attributes:
+        updates: seen so far.
+        looks: whether the next update counts zeros.
+        zeros: of the last one that did, elements that were zero and all elements of this rank's
+            gradients of each block, [blocks, 2].
     """
 
     def __init__(self, scales: dict[str, Scale]) -> None:
@@ -50,6 +56,8 @@ class GradientScales:
         for scale in scales.values():
             scale.value = START
         self.updates = 0
+        self.looks = False
+        self.zeros = torch.zeros(len(scales), 2)
 
     @property
     def names(self) -> list[str]:
@@ -72,6 +80,8 @@ class GradientScales:
             Block -> whether its update is to be skipped. The scales are those of the next update.
         """
         device = next((g.device for parts in gradients.values() for g in parts), None)
+        if self.looks:
+            self.zeros = torch.tensor([_zeros(gradients.get(name, [])) for name in self._blocks])
         flags = [_overflows(gradients.get(name, [])) for name in self._blocks]
         found = all_reduce_max(torch.stack([flag.to(device) for flag in flags])).tolist()
         skipped = {}
@@ -105,15 +115,17 @@ class GradientScales:
             "scale_log2_max": math.log2(max(scales)),
         }
 
-    def by_block(self) -> dict[str, dict[str, float]]:
-        """Scale and share of skipped updates of each block."""
-        return {
-            name: {
-                "scale_log2": math.log2(block.scale.value),
-                "skipped_share": block.skips / max(1, self.updates),
-            }
-            for name, block in self._blocks.items()
-        }
+    def by_block(self, zeros: Tensor) -> dict[str, float]:
+        """Scale, share of skipped updates and of zeros of each block, as BLOCK/NAME.
+
+        ``zeros``: of all ranks, added up.
+        """
+        found = {}
+        for (name, block), (n_zero, n) in zip(self._blocks.items(), zeros.tolist(), strict=True):
+            found[f"{name}/scale_log2"] = math.log2(block.scale.value)
+            found[f"{name}/skipped_share"] = block.skips / max(1, self.updates)
+            found[f"{name}/zero_share"] = n_zero / max(1, n)
+        return found
 
     def state(self) -> dict[str, Any]:
         """JSON values from which ``restore`` goes on."""
@@ -155,8 +167,7 @@ def _overflows(gradients: Sequence[Tensor]) -> Tensor:
     return (~torch.isfinite(torch.stack(norms)).all()).float()
 
 
-def zero_share(gradients: Sequence[Tensor]) -> float:
-    """Share of elements that are exactly zero: those that 16 bits could not hold, and true ones."""
+def _zeros(gradients: Sequence[Tensor]) -> tuple[float, float]:
+    """Elements that are exactly zero, those that 16 bits could not hold among them; and all."""
     n = sum(gradient.numel() for gradient in gradients)
-    zeros = sum(int((gradient == 0).sum()) for gradient in gradients)
-    return zeros / n if n else 0.0
+    return float(sum(int((gradient == 0).sum()) for gradient in gradients)), float(n)

@@ -120,15 +120,21 @@ def _train(stage: Stage[Any], engine: Engine, out: Path) -> None:
     try:
         with closing(prefetch(map(stage.micro_batches, positions))) as stream:
             while engine.updates < run.steps:
+                is_looked_at = _is_validated(run, engine.updates + 1)
+                if engine.scales is not None:
+                    engine.scales.looks = is_looked_at
                 figures = _update(stage, engine, _next(engine, stream))
                 step = engine.updates
                 telemetry.update(step, figures)
-                if step % run.val_every == 0 or step == run.steps:
+                if is_looked_at:
                     engine.model.eval()
                     with _said_by_this_rank():
                         held_out = stage.validate(engine, out)
                     telemetry.figures("val", step, held_out)
                     telemetry.figures("machine", step, {"peak_gib": _peak_gib(engine)})
+                    if engine.scales is not None:
+                        zeros = engine.sum(engine.scales.zeros.to(engine.device))
+                        telemetry.figures("blocks", step, engine.scales.by_block(zeros))
                     engine.model.train()
                 if step % run.save_every == 0 or step == run.steps:
                     state = {"engine": engine.state(), "stage": stage.state()}
@@ -136,6 +142,10 @@ def _train(stage: Stage[Any], engine: Engine, out: Path) -> None:
     finally:
         telemetry.close()
     stage.finish(engine, out)
+
+
+def _is_validated(run: DvaeRun | DalleRun, step: int) -> bool:
+    return step % run.val_every == 0 or step == run.steps
 
 
 def _make(out: Path) -> None:

@@ -11,7 +11,7 @@ from pipeline.models.dalle import Dalle, nll_sums
 from pipeline.models.scaling import Scale, enter, leave
 from pipeline.training import gradient_scales
 from pipeline.training.engine import PlainEngine
-from pipeline.training.gradient_scales import GradientScales, zero_share
+from pipeline.training.gradient_scales import GradientScales
 from tests.pipeline.models.test_scaling import tokens
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
@@ -76,10 +76,21 @@ def test_the_share_of_skipped_updates_is_told():
     for i in range(10):
         scales.unscale(parts(b=math.inf if i < 3 else 1.0), same)
     assert scales.figures()["skipped_share"] == pytest.approx(3 / 30)
-    assert scales.by_block()["b"]["skipped_share"] == pytest.approx(0.3)
+    assert scales.by_block(scales.zeros)["b/skipped_share"] == pytest.approx(0.3)
     assert scales.figures()["scale_log2_min"] == pytest.approx(13 - 0.5 + 9 / 1000 - 0.002)
     assert scales.figures()["scale_log2_max"] == pytest.approx(13.01)
-    assert zero_share([torch.tensor([0.0, 1.0, -0.0, 2.0]), torch.zeros(4)]) == 0.75
+
+
+def test_zeros_are_counted_when_somebody_looks():
+    scales = make()
+    gradients = {"a": [torch.tensor([0.0, 1.0, -0.0, 2.0]), torch.zeros(4)], "b": [torch.ones(2)]}
+    scales.unscale(gradients, same)
+    assert scales.zeros.tolist() == [[0, 0]] * 3
+    scales.looks = True
+    scales.unscale(gradients, same)
+    assert scales.zeros.tolist() == [[6, 8], [0, 2], [0, 0]]
+    shares = [scales.by_block(scales.zeros)[f"{name}/zero_share"] for name in NAMES]
+    assert shares == [0.75, 0, 0]
 
 
 def test_200_updates_equal_a_plain_reference_across_a_resume():
