@@ -11,6 +11,7 @@ from pipeline.config import (
     DvaeRun,
     FsqConfig,
     Optimizer,
+    Plateau,
     Ramp,
 )
 from pipeline.console import InputError
@@ -108,15 +109,20 @@ def _dalle(n_layer: int, d_model: int) -> DalleRun:
             # B.2: every 25 updates with 0.99
             ema_decay=0.99,
             ema_every=25,
+            max_exp_avg_sq=5.0,
         ),
         batch=1024,
         steps=430_000,
         warmup=5_000,
-        # paper: halved at five plateaus of the training loss, whose places it does not tell;
-        # here: half a cosine to the same last value, 4.5e-4 / 32
-        lr=Ramp(4.5e-4, 4.5e-4 / 32, 430_000),
+        # halved at five plateaus of the training loss; the rule is ours, for the paper tells none
+        lr=Plateau(4.5e-4),
         log_every=10,
     )
+
+
+def _mup(run: DalleRun) -> DalleRun:
+    """A run whose step size is that of a model of width 256 (arXiv 2203.03466)."""
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, mup_width=256))
 
 
 def dalle_12b() -> DalleRun:
@@ -137,6 +143,16 @@ def dalle_3b() -> DalleRun:
 def dalle_1b() -> DalleRun:
     """The preliminary model of section 2.3, whose width 1280 follows from its 1.2B parameters."""
     return _dalle(64, 1280)
+
+
+def dalle_256_mup() -> DalleRun:
+    """Where the step size of ``dalle_12b_mup`` is looked for: as deep, and 256 wide."""
+    return _mup(_dalle(64, 256))
+
+
+def dalle_12b_mup() -> DalleRun:
+    """``dalle_12b`` with the step sizes of ``dalle_256_mup``, whatever they turn out to be."""
+    return _mup(_dalle(64, 3968))
 
 
 def dalle_demo() -> DalleRun:

@@ -94,12 +94,13 @@ class TextEmbedding(nn.Module):
     def __init__(self, config: DalleConfig) -> None:
         super().__init__()
         c = config.d_model
-        std = INIT_GAIN / math.sqrt(c)
+        base = config.mup_width or c
+        std = INIT_GAIN / math.sqrt(base)
         self.token = nn.Parameter(torch.empty(config.n_text_vocab, c).normal_(std=std))
         self.pad = nn.Parameter(torch.empty(config.n_text, c).normal_(std=std))
         self.start = nn.Parameter(torch.empty(c).normal_(std=std))
         # two embeddings are added up here
-        std = INIT_GAIN / math.sqrt(2 * c)
+        std = INIT_GAIN / math.sqrt(2 * base)
         self.position = nn.Parameter(torch.empty(config.n_text, c).normal_(std=std))
 
     def forward(self, text_BT: Tensor) -> Tensor:
@@ -118,11 +119,12 @@ class ImageEmbedding(nn.Module):
         super().__init__()
         c = config.d_model
         self.grid = config.grid
-        std = INIT_GAIN / math.sqrt(c)
+        base = config.mup_width or c
+        std = INIT_GAIN / math.sqrt(base)
         self.token = nn.Parameter(torch.empty(config.n_image_vocab, c).normal_(std=std))
         self.start = nn.Parameter(torch.empty(c).normal_(std=std))
         # three embeddings are added up here
-        std = INIT_GAIN / math.sqrt(3 * c)
+        std = INIT_GAIN / math.sqrt(3 * base)
         self.row = nn.Parameter(torch.empty(config.grid, c).normal_(std=std))
         self.column = nn.Parameter(torch.empty(config.grid, c).normal_(std=std))
 

@@ -79,8 +79,10 @@ def test_the_recipe_of_the_transformer_is_appendix_b_2():
     o = run.optimizer
     assert (o.betas, o.eps, o.weight_decay) == ((0.9, 0.96), 1e-8, 4.5e-2)
     assert (o.gradient_clipping, o.ema_decay, o.ema_every) == (4.0, 0.99, 25)
-    assert run.lr.start == 4.5e-4
-    assert run.lr.end == pytest.approx(4.5e-4 / 2**5)
+    assert o.max_exp_avg_sq == 5.0
+    assert (run.lr.start, run.lr.halvings) == (4.5e-4, 5)
+    assert (run.lr.window, run.lr.gain, run.lr.patience) == (5_000, 1e-3, 20_000)
+    assert (run.z_loss, run.model.qk_norm, run.model.mup_width) == (0, False, None)
     assert run.text_weight == 1 / 8
     assert run.bpe_dropout == 0.1
 
