@@ -22,7 +22,7 @@ from pipeline.data.loader import Batch, TokenLoader
 from pipeline.data.sets import BLOCK_HELP, MIX_HELP, Data
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.models.dalle import NO_TOKEN, Dalle, nll_sums, save_dalle, z_sums
+from pipeline.models.dalle import NO_TOKEN, Dalle, nll_sums, z_sums
 from pipeline.models.dvae import load_dvae
 from pipeline.training import ds_config, loop
 from pipeline.training import engine as engines
@@ -92,6 +92,10 @@ class DalleStage(loop.Stage[Batch]):
             "dvae": self.data.readers[0].made_of["dvae"],
             "tokenizer": self.tokenizer.fingerprint,
         }
+
+    def accompany(self, out: Path) -> None:
+        """Put the tokenizer beside the checkpoints."""
+        self.tokenizer.copy_to(out / "tokenizer")
 
     def prepare(self, engine: Engine) -> None:
         """Loaders of this rank."""
@@ -205,15 +209,6 @@ class DalleStage(loop.Stage[Batch]):
         text_nll, image_nll, n_text, n_image = engine.sum(sums).tolist()
         text, image = text_nll / n_text, image_nll / n_image
         return {"loss": self._weighted(text, image), "text": text, "image": image}
-
-    def finish(self, engine: Engine, out: Path) -> None:
-        """Export the averaged weights, with the tokenizer beside them."""
-        state = engine.gather("ema")
-        if engine.rank == 0:
-            self.tokenizer.copy_to(out / "tokenizer")
-            made_of = {**self.identity(), "updates": engine.updates}
-            fingerprint = save_dalle(out, state, self.run.model, made_of)
-            log.info("wrote %s, fingerprint %s", out, fingerprint)
 
 
 def check_dvae(tokens: ShardReader, dvae: str) -> None:

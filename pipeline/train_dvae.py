@@ -23,7 +23,7 @@ from pipeline.console import InputError, a_path, command, logger
 from pipeline.data.loader import PairLoader, sample_seed
 from pipeline.data.pictures import save_png, tile, to_uint8
 from pipeline.data.sets import BLOCK_HELP, MIX_HELP, Data
-from pipeline.models.dvae import DiscreteVAE, save_dvae
+from pipeline.models.dvae import DiscreteVAE, load_dvae
 from pipeline.training import engine as engines
 from pipeline.training import loop
 from pipeline.training.engine import Engine
@@ -206,14 +206,9 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
         )  # fmt: skip
         return True
 
-    def finish(self, engine: Engine, out: Path) -> None:
-        """Export the averaged weights and look at what they make of held-out pictures."""
-        state = engine.gather("ema")
-        if engine.rank != 0:
-            return
-        dvae = DiscreteVAE(self.run.model)
-        dvae.load_state_dict(state)
-        fingerprint = save_dvae(out, dvae, self.identity())
+    def finish(self, out: Path) -> None:
+        """Look at what the averaged weights make of held-out pictures."""
+        dvae, _ = load_dvae(out)
         n = min(SHOWN, sum(len(side) for _, side in self.data.val))
         loader = PairLoader(
             self.data.val, batch=n, rank=0, world=1, seed=None, weights=self.data.val_weights,
@@ -221,9 +216,8 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
         )  # fmt: skip
         images, _ = loader.batch_at(0)
         with torch.no_grad():
-            pictures = dvae.eval()(images)["picture_BCYX"]
+            pictures = dvae(images)["picture_BCYX"]
         write_reconstructions(out / "reconstructions" / "final.png", images, pictures)
-        log.info("wrote %s, fingerprint %s", out, fingerprint)
 
 
 def _at(ramp: Ramp | None, step: int) -> float:

@@ -341,3 +341,9 @@ def curve(out: Path, kind: str = "train") -> list[dict]:
 def losses(out: Path) -> list[float]:
     """The loss of every update."""
     return [line["loss"] for line in curve(out)]
+
+
+def whole(engine, key: str) -> dict[str, torch.Tensor]:
+    """All of "weight" or "ema" of an engine with one rank."""
+    shapes = engine.shapes()
+    return {name: part.values[key].clone().view(shapes[name]) for name, part in engine.slices()}

@@ -1,88 +1,108 @@
-"""Checkpoints that any number of ranks can read: each rank writes its slices, none of them pickled.
+"""Saving a run and going on from it, by any number of ranks (``pipeline.slices``: the files).
 
-    checkpoints/step-0001000/rank-00000.safetensors   key/name -> flat float32 slice
-                             meta.json                updates, sizes of files and parameters,
-                             identity
-
-A folder gets its final name when every file in it is complete and synced, so a torn save is never
-read.
+Each rank writes its slices into a folder that nobody reads yet. When all of them are complete and
+synced the first rank writes the description, with the hash of each file, and gives the folder its
+name: a torn save is never read. A resume believes no byte that it has not hashed; a checkpoint with
+damage is passed over for the one before.
 """
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
-from pipeline.console import InputError, logger
-from pipeline.files import write_json
+from pipeline.console import InputError, OwnError
+from pipeline.files import filling, write_json
+from pipeline.slices import (
+    SCHEMA_VERSION,
+    complete,
+    damaged,
+    folder_of,
+    log,
+    open_slices,
+    rank_file,
+    read_meta,
+    sha256,
+)
 from pipeline.training.engine import Engine
 
-log = logger("train")
-
-SCHEMA_VERSION = 2
 KEEP = 2  # the newest; one more than needed, should a disk lose one
-META = {"schema_version", "updates", "applied", "world", "files", "identity", "state"}
-NAME = re.compile(r"step-\d{7}")
+SPARE = 1 << 24  # bytes beside the tensors
 
 
-def _folder(out: Path, updates: int) -> Path:
-    return out / "checkpoints" / f"step-{updates:07d}"
-
-
-def _rank_file(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
-
-
-def save(engine: Engine, out: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
+def save(
+    engine: Engine, out: Path, kind: str, identity: dict[str, Any], state: dict[str, Any]
+) -> None:
     """Write a checkpoint under ``out``; all ranks call it, on one shared file system.
 
     Args:
         engine: what is saved.
         out: of the run.
+        kind: of the model, "dvae" or "dalle".
         identity: what the checkpoint belongs to.
         state: JSON values that ``resume`` gives back.
+
+    Raises:
+        InputError: there is no room for it; the checkpoints before are kept.
     """
-    final = _folder(out, engine.updates)
+    final = folder_of(out, engine.updates)
     staged = final.with_name(final.name + ".partial")
-    if engine.rank == 0:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-    engine.barrier()
     tensors, places = {}, {}
     for name, part in engine.slices():
         places[name] = f"{part.start} {part.step}"
         for key, value in part.values.items():
             tensors[f"{key}/{name}"] = value.cpu().contiguous().clone()
-    path = staged / _rank_file(engine.rank)
-    save_file(tensors, path, metadata=places)
-    _sync(path)
+    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    total = engine.sum(torch.tensor(float(n_bytes), dtype=torch.float64, device=engine.device))
+    if engine.rank == 0:
+        shutil.rmtree(staged, ignore_errors=True)
+        check_room(out, int(total))
+        staged.mkdir(parents=True)
+    engine.barrier()
+    path = staged / rank_file(engine.rank)
+    try:
+        with filling(path):
+            save_file(tensors, path, metadata=places)
+        _sync(path)
+        file = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        write_json(path.with_suffix(".json"), file)
+    except (OSError, SafetensorError) as error:
+        raise OwnError(
+            f"{path} cannot be written ({error}): make room and start again; the checkpoints "
+            "before it are kept"
+        ) from error
     engine.barrier()
     if engine.rank == 0:
-        meta = {
-            "schema_version": SCHEMA_VERSION,
-            "updates": engine.updates,
-            "applied": engine.applied,
-            "world": engine.world,
-            "files": {p.name: p.stat().st_size for p in sorted(staged.iterdir())},
-            "identity": identity,
-            "state": state,
-        }
-        write_json(staged / "meta.json", meta)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(staged, final)
-        _sync(final.parent)
-        for old in _complete(out)[:-KEEP]:
+        _commit(engine, staged, final, {"kind": kind, "identity": identity, "state": state})
+        for old in complete(out)[:-KEEP]:
             shutil.rmtree(old)
     engine.barrier()
+
+
+def _commit(engine: Engine, staged: Path, final: Path, described: dict[str, Any]) -> None:
+    files = {}
+    for record in sorted(staged.glob("rank-*.json")):
+        files[record.with_suffix(".safetensors").name] = json.loads(record.read_text())
+        record.unlink()
+    meta = {
+        "schema_version": SCHEMA_VERSION,
+        "updates": engine.updates,
+        "applied": engine.applied,
+        "world": engine.world,
+        "files": files,
+        "shapes": engine.shapes(),
+        **described,
+    }
+    write_json(staged / "meta.json", meta)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(staged, final)
+    _sync(final.parent)
 
 
 def _sync(path: Path) -> None:
@@ -91,107 +111,75 @@ def _sync(path: Path) -> None:
     os.close(handle)
 
 
-def _complete(out: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; one with a missing or cut file is passed over."""
-    found = []
-    for folder in sorted((out / "checkpoints").glob("step-*")):
-        if not NAME.fullmatch(folder.name):
-            continue
-        try:
-            meta = json.loads((folder / "meta.json").read_text())
-            is_other = meta["schema_version"] != SCHEMA_VERSION  # which ``resume`` refuses
-            if missing := (META - set(meta)) if not is_other else set():
-                raise KeyError(f"meta.json lacks {', '.join(sorted(missing))}")
-            files = meta["files"]
-            sizes = {name: (folder / name).stat().st_size for name in files}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is no complete checkpoint (%s): passed over", folder, error)
-            continue
-        if sizes != files:
-            log.warning("%s has a file of another size than was written: passed over", folder)
-            continue
-        found.append(folder)
-    return found
-
-
-@dataclass(frozen=True)
-class _Source:
-    """All files of one checkpoint, read by name and range."""
-
-    folder: Path
-    pieces: dict[str, list[tuple[int, int, Any]]]  # "key/name" -> [(start, stop, file)] in order
-    steps: dict[str, int]  # name -> updates of a parameter
-
-    def read(self, name: str, key: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flat parameter or state."""
-        parts = []
-        for begin, end, file in self.pieces[f"{key}/{name}"]:
-            low, high = max(start, begin), min(stop, end)
-            if low < high:
-                parts.append(file.get_slice(f"{key}/{name}")[low - begin : high - begin])
-        return torch.cat(parts)
-
-
-def _open(folder: Path, files: dict[str, int]) -> _Source:
-    pieces: dict[str, list[tuple[int, int, Any]]] = {}
-    steps: dict[str, int] = {}
-    for name in sorted(n for n in files if n.endswith(".safetensors")):
-        try:
-            file = safe_open(folder / name, framework="pt")
-        except SafetensorError as error:
-            raise InputError(
-                f"{folder / name} cannot be read ({error}); "
-                f"delete {folder} to go on from the one before"
-            ) from error
-        places = {
-            parameter: tuple(map(int, place.split()))
-            for parameter, place in (file.metadata() or {}).items()
-        }
-        steps |= {parameter: step for parameter, (_, step) in places.items()}
-        for entry in file.keys():  # noqa: SIM118 - safe_open is no dict
-            start, _ = places[entry.partition("/")[2]]
-            size = file.get_slice(entry).get_shape()[0]
-            pieces.setdefault(entry, []).append((start, start + size, file))
-    for parts in pieces.values():
-        parts.sort(key=lambda part: part[0])
-    return _Source(folder, pieces, steps)
+def check_room(out: Path, n_bytes: int) -> None:
+    """Raise ``InputError`` unless a checkpoint of ``n_bytes`` fits beside those that are there."""
+    free = shutil.disk_usage(out).free
+    if free < n_bytes + SPARE:
+        raise InputError(
+            f"a checkpoint takes {n_bytes / 2**30:.1f} GiB and {out} has room for "
+            f"{free / 2**30:.1f}: make room and start again; the checkpoints before are kept"
+        )
 
 
 def resume(engine: Engine, out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Continue from the newest complete checkpoint under ``out``.
+    """Continue from the newest checkpoint under ``out`` that is whole; all ranks call it.
 
     Returns:
         The ``state`` that was saved with it, or None where there is no checkpoint.
 
     Raises:
-        InputError: a newer schema, or a checkpoint of another run: what differs is named.
+        InputError: another schema, a checkpoint of another run (what differs is named), or none
+            that is not damaged.
     """
-    folders = _complete(out)
-    if not folders:
-        return None
-    folder = folders[-1]
-    meta = json.loads((folder / "meta.json").read_text())
-    if (version := meta["schema_version"]) != SCHEMA_VERSION:
-        way_out = "update the code" if version > SCHEMA_VERSION else "give another --out"
+    passed_over: list[Path] = []
+    while (updates := _agreed(engine, out, passed_over)) is not None:
+        folder = folder_of(out, updates)
+        meta = read_meta(folder)
+        for what, there, here in differences(meta["identity"], identity):
+            raise InputError(
+                f"{folder} was trained with {what} {there}, this run has {here}; "
+                "start it as before, or give another --out"
+            )
+        try:
+            bad = damaged(folder, meta, engine.rank, engine.world)
+        except OSError as error:
+            bad = [str(error)]
+        if _sum(engine, len(bad)) == 0:
+            slices = open_slices(folder, meta)
+            engine.restore(slices.read, slices.steps, meta["updates"], meta["applied"])
+            log.info("resumed from %s, written by %d ranks", folder, meta["world"])
+            state: dict[str, Any] = meta["state"]
+            return state
+        for name in bad:
+            log.error("%s: %s is damaged (sha256 differs)", folder, name)
+        log.warning("%s is damaged: the checkpoint before it is used", folder)
+        passed_over.append(folder)
+    if passed_over:
         raise InputError(
-            f"{folder} has schema version {version}, this code reads {SCHEMA_VERSION}; {way_out}"
+            f"every checkpoint under {out} is damaged: copy one there that is not, or delete "
+            f"{out / 'checkpoints'} to begin anew"
         )
-    for what, there, here in _differences(meta["identity"], identity):
-        raise InputError(
-            f"{folder} was trained with {what} {there}, this run has {here}; "
-            "start it as before, or give another --out"
-        )
-    source = _open(folder, meta["files"])
-    engine.restore(source.read, source.steps, meta["updates"], meta["applied"])
-    log.info("resumed from %s, written by %d ranks", folder, meta["world"])
-    state: dict[str, Any] = meta["state"]
-    return state
+    return None
 
 
-def _differences(there: Any, here: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _agreed(engine: Engine, out: Path, passed_over: list[Path]) -> int | None:
+    """Updates of the checkpoint that the first rank chooses: file systems lag behind each other."""
+    chosen = -1
+    if engine.rank == 0:
+        folders = [folder for folder in complete(out) if folder not in passed_over]
+        chosen = int(folders[-1].name.rpartition("-")[2]) if folders else -1
+    found = _sum(engine, chosen + 1 if engine.rank == 0 else 0) - 1
+    return None if found < 0 else found
+
+
+def _sum(engine: Engine, value: int) -> int:
+    return int(engine.sum(torch.tensor(float(value), dtype=torch.float64, device=engine.device)))
+
+
+def differences(there: Any, here: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """The places where two JSON values differ, as (path, value, value)."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted(set(there) | set(here)):
-            yield from _differences(there.get(key), here.get(key), f"{path}.{key}".lstrip("."))
+            yield from differences(there.get(key), here.get(key), f"{path}.{key}".lstrip("."))
     elif there != here:
         yield path, there, here

@@ -93,8 +93,8 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def gather(self, key: str) -> dict[str, Tensor]:
-        """All of "weight" or "ema" on rank 0, float32 on the CPU; elsewhere nothing."""
+    def shapes(self) -> dict[str, list[int]]:
+        """Of all parameters, by name."""
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of ``value`` over the ranks."""
@@ -226,13 +226,9 @@ class PlainEngine(Engine):
             for key in STATE_KEYS:
                 state[key] = read(name, key, 0, p.numel()).view_as(p).to(p.device)
 
-    def gather(self, key: str) -> dict[str, Tensor]:
-        """Weights or their average."""
-        result = {}
-        for name, p in self.model.named_parameters():
-            value = p if key == "weight" else self._optimizer.state[p]["ema"]
-            result[name] = value.detach().float().cpu().clone()
-        return result
+    def shapes(self) -> dict[str, list[int]]:
+        """Of all parameters."""
+        return {name: list(p.shape) for name, p in self.model.named_parameters()}
 
 
 class ZeroEngine(Engine):
@@ -367,19 +363,9 @@ class ZeroEngine(Engine):
             kept_whole[0].partition(kept_whole)
             kept_whole[0].all_gather(kept_whole)
 
-    def gather(self, key: str) -> dict[str, Tensor]:
-        """One parameter at a time; rank 0 keeps them all."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        result = {}
-        for name, p in self._named_parameters():
-            if key == "weight":
-                value = safe_get_full_fp32_param(p)
-            else:
-                value = safe_get_full_optimizer_state(p, "ema")
-            if self.rank == 0:
-                result[name] = value.detach().float().cpu().view(p.ds_shape).clone()
-        return result
+    def shapes(self) -> dict[str, list[int]]:
+        """Of all parameters, whole."""
+        return {name: list(p.ds_shape) for name, p in self._named_parameters()}
 
 
 def _start_deepspeed() -> Any:

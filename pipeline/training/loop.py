@@ -13,9 +13,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline import slices
 from pipeline.config import DalleRun, DvaeRun, as_dict
 from pipeline.console import InputError, OwnError, logger
 from pipeline.data.loader import prefetch
+from pipeline.export import export
 from pipeline.training import checkpoint
 from pipeline.training.engine import Engine
 from pipeline.training.telemetry import Telemetry
@@ -34,6 +36,9 @@ class Stage(ABC, Generic[Batch]):
     @abstractmethod
     def build(self) -> nn.Module:
         """A fresh model."""
+
+    def accompany(self, out: Path) -> None:
+        """Called on the first rank: put what a reader of checkpoints needs into ``out``."""
 
     @abstractmethod
     def prepare(self, engine: Engine) -> None:
@@ -84,9 +89,8 @@ class Stage(ABC, Generic[Batch]):
     def validate(self, engine: Engine, out: Path) -> dict[str, float]:
         """Figures on held-out samples; all ranks call it."""
 
-    @abstractmethod
-    def finish(self, engine: Engine, out: Path) -> None:
-        """Export the model to ``out``; all ranks call it."""
+    def finish(self, out: Path) -> None:
+        """Called on the first rank when the averaged weights are in ``out``."""
 
 
 def train(stage: Stage[Any], engine: Engine, out: Path) -> None:
@@ -110,9 +114,11 @@ def _train(stage: Stage[Any], engine: Engine, out: Path) -> None:
         engine.restore_state(state["engine"])
         stage.restore(state["stage"])
     stage.prepare(engine)
+    if engine.rank == 0:
+        stage.accompany(out)
     if engine.updates >= run.steps:
         log.info("all %d updates are done: nothing to train, exporting the model", run.steps)
-        stage.finish(engine, out)
+        _finish(stage, engine, out)
         return
     telemetry = Telemetry(out, stage.name, run.steps, engine.updates, speaks=engine.rank == 0)
     positions = itertools.count(engine.updates * run.batch, run.batch)
@@ -138,10 +144,21 @@ def _train(stage: Stage[Any], engine: Engine, out: Path) -> None:
                     engine.model.train()
                 if step % run.save_every == 0 or step == run.steps:
                     state = {"engine": engine.state(), "stage": stage.state()}
-                    checkpoint.save(engine, out, identity, state)
+                    checkpoint.save(engine, out, stage.name, identity, state)
     finally:
         telemetry.close()
-    stage.finish(engine, out)
+    _finish(stage, engine, out)
+
+
+def _finish(stage: Stage[Any], engine: Engine, out: Path) -> None:
+    """Export the average from the last checkpoint, tensor by tensor; no rank holds it whole."""
+    if engine.rank != 0:
+        return
+    folder = slices.folder_of(out, engine.updates)
+    meta = slices.read_meta(folder)
+    fingerprint = export(folder, meta, out, key="ema" if meta["applied"] else "weight")
+    log.info("wrote %s, fingerprint %s", out, fingerprint)
+    stage.finish(out)
 
 
 def _is_validated(run: DvaeRun | DalleRun, step: int) -> bool:

@@ -73,8 +73,8 @@ def test_captions_become_described_pictures(trained, tmp_path):
         assert image.text["top_k"] == "9"
         assert "top_p" not in image.text
         for what, folder in (("model", "dalle"), ("dvae", "dvae")):
-            digest = json.loads((trained / folder / "model.json").read_text())["sha256"]
-            assert image.text[what] == digest[:16]
+            files = json.loads((trained / folder / "model.json").read_text())["files"]
+            assert image.text[what] == files["model.safetensors"][:16]
     # three columns, two rows, gaps of two pixels; the second picture is where it belongs
     grid = np.asarray(Image.open(out / "grid.png"))
     assert grid.shape == (66, 100, 3)

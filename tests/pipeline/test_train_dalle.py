@@ -16,7 +16,7 @@ from pipeline.models.dvae import load_dvae
 from pipeline.train_dalle import DalleStage
 from pipeline.training.engine import PlainEngine
 from tests import tiny as runs
-from tests.tiny import arguments, losses, plain, train
+from tests.tiny import arguments, losses, plain, train, whole
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
@@ -151,9 +151,9 @@ def test_training_exports_the_averaged_weights_and_what_they_were_made_of(tiny, 
     stage = DalleStage(run, str(tiny.tokens), str(tiny.tokenizer))
     engine = train(stage, tmp_path)
     model, made_of, _ = load_dalle(tmp_path)
-    for name, value in engine.gather("ema").items():
+    for name, value in whole(engine, "ema").items():
         assert torch.equal(model.state_dict()[name], value)
-    assert not torch.equal(engine.gather("ema")["norm.gain"], engine.gather("weight")["norm.gain"])
+    assert not torch.equal(whole(engine, "ema")["norm.gain"], whole(engine, "weight")["norm.gain"])
     assert made_of == {
         "tokens": [ShardReader(tiny.tokens).fingerprint],
         "weights": None,

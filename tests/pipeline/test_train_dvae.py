@@ -22,7 +22,7 @@ from pipeline.models.dvae import Conv2d, load_dvae
 from pipeline.train_dvae import DvaeStage
 from pipeline.training.engine import PlainEngine
 from tests import tiny as runs
-from tests.tiny import arguments, curve, losses, train
+from tests.tiny import arguments, curve, losses, train, whole
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
@@ -86,7 +86,7 @@ def test_validation_tells_elbo_psnr_and_use_of_the_codebook(trained):
 def test_the_export_holds_the_averaged_weights(tiny, trained):
     out, engine = trained
     dvae, _ = load_dvae(out)
-    for name, value in engine.gather("ema").items():
+    for name, value in whole(engine, "ema").items():
         assert torch.equal(dvae.state_dict()[name], value)
     assert ShardReader(tiny.pairs).fingerprint in (out / "model.json").read_text()
 
@@ -172,7 +172,7 @@ def test_the_export_of_fsq_is_a_tokenizer_as_any(trained_fsq):
     out, engine = trained_fsq
     dvae, _ = load_dvae(out)
     assert dvae.config == FSQ
-    for name, value in engine.gather("ema").items():
+    for name, value in whole(engine, "ema").items():
         assert torch.equal(dvae.state_dict()[name], value)
     codes = dvae.encode(torch.rand(2, 3, runs.IMAGE_SIZE, runs.IMAGE_SIZE))
     assert codes.shape == (2, runs.GRID, runs.GRID)

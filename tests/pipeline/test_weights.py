@@ -3,11 +3,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from pipeline import weights
 from pipeline.console import InputError
-from pipeline.weights import load_weights, save_weights
+from pipeline.slices import sha256
+from pipeline.weights import Entry, load_weights, save_weights
 
 TENSORS = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor([0.5, -0.5])}
 MADE_OF = {"pairs": "abc"}
@@ -60,11 +61,18 @@ def test_weights_that_do_not_fit_are_named(folder, model, sentence):
         load_weights(folder, "dvae").fill(model)
 
 
-@pytest.mark.parametrize("missing", ["model.json", "model.safetensors"])
-def test_a_folder_without_a_model_is_refused(folder, missing):
-    (folder / missing).unlink()
+def test_a_folder_without_a_model_is_refused(folder):
+    (folder / "model.json").unlink()
     sentence = "holds no trained dvae: it needs .*; name the --out of pipeline.train_dvae"
     with pytest.raises(InputError, match=sentence):
+        load_weights(folder, "dvae")
+
+
+def test_weights_that_are_missing_are_a_broken_copy(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(
+        InputError, match=r"cannot be read \(No such file.*the copy is broken"
+    ):
         load_weights(folder, "dvae")
 
 
@@ -74,9 +82,75 @@ def test_another_kind_is_refused(folder):
 
 
 def test_a_newer_schema_is_refused(folder):
-    describe(folder, schema_version=2)
-    with pytest.raises(InputError, match="schema version 2, this code reads up to 1; update"):
+    describe(folder, schema_version=3)
+    with pytest.raises(InputError, match="schema version 3, this code reads up to 2; update"):
         load_weights(folder, "dvae")
+
+
+def test_the_first_schema_is_read(folder):
+    path = folder / "model.json"
+    description = json.loads(path.read_text())
+    digest = description.pop("files")["model.safetensors"]
+    path.write_text(json.dumps(description | {"schema_version": 1, "sha256": digest}))
+    artifact = load_weights(folder, "dvae")
+    assert all(torch.equal(artifact.tensors[name], TENSORS[name]) for name in TENSORS)
+    assert artifact.fingerprint == digest[:16]
+
+
+LARGE = {
+    "a": torch.randn(7, 5), "b": torch.randn(3).bfloat16(), "c": torch.zeros(0, 4),
+    "d": torch.randn(2, 2, 2).half(), "e": torch.randn(()), "f": torch.arange(5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file_bytes", "n_files"), [(10**9, 1), (150, 2), (1, 6)])
+def test_large_models_go_into_several_files_that_other_libraries_read(
+    tmp_path, file_bytes, n_files
+):
+    held = []
+
+    def entry(name):
+        def read():
+            held.append(name)
+            return LARGE[name]
+
+        return Entry(LARGE[name].dtype, tuple(LARGE[name].shape), read)
+
+    save_weights(tmp_path, "dvae", {}, {"old": torch.ones(3)}, {}, file_bytes=1)
+    entries = {name: entry(name) for name in LARGE}
+    fingerprint = save_weights(tmp_path, "dvae", {"n_in": 3}, entries, MADE_OF, file_bytes)
+    assert held == list(LARGE)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == n_files
+    theirs = {}
+    for path in files:
+        theirs |= load_file(path)
+    ours = load_weights(tmp_path, "dvae")
+    for found in (theirs, ours.tensors):
+        assert found.keys() == LARGE.keys()
+        for name, value in LARGE.items():
+            assert found[name].dtype == value.dtype
+            assert torch.equal(found[name], value)
+    assert ours.fingerprint == fingerprint
+    index = tmp_path / "model.safetensors.index.json"
+    assert index.exists() == (n_files > 1)
+    if n_files > 1:
+        content = json.loads(index.read_text())
+        assert content["metadata"]["total_size"] == sum(v.nbytes for v in LARGE.values())
+        for name, file in content["weight_map"].items():
+            assert name in load_file(tmp_path / file)
+
+
+def test_a_killed_save_leaves_no_model_that_is_half_of_another(folder):
+    def die():
+        raise KeyboardInterrupt
+
+    new = TENSORS | {"bias": Entry(torch.float32, (2,), die)}
+    with pytest.raises(KeyboardInterrupt):
+        save_weights(folder, "dvae", {"n_in": 3}, new, MADE_OF)
+    with pytest.raises(InputError, match="holds no trained dvae"):
+        load_weights(folder, "dvae")
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", "{}", '{"schema_version": 1}'])
@@ -110,7 +184,7 @@ def test_damaged_weights_are_refused(folder, how):
 
 def test_a_file_that_is_no_safetensors_is_refused(folder):
     (folder / "model.safetensors").write_bytes(b"\xff" * 20)
-    describe(folder, sha256=weights._sha256(folder / "model.safetensors"))
+    describe(folder, files={"model.safetensors": sha256(folder / "model.safetensors")})
     with pytest.raises(InputError, match="cannot be read"):
         load_weights(folder, "dvae")
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import threading
@@ -6,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.console import InputError
+from pipeline import slices
+from pipeline.console import InputError, OwnError
 from pipeline.training import checkpoint
 from pipeline.training.engine import STATE_KEYS, Slice
 
@@ -27,10 +29,21 @@ def state_at(updates):
 class Sharded:
     """A rank that holds its chunks of ``state_at(updates)``, cut as ZeRO-3 cuts them."""
 
-    def __init__(self, updates, rank=0, world=1, barrier=lambda: None):
+    device = torch.device("cpu")
+
+    def __init__(self, updates, rank=0, world=1, between=None):
         self.updates = self.applied = updates
-        self.rank, self.world, self.barrier = rank, world, barrier
+        self.rank, self.world, self.between = rank, world, between or Ranks(1)
         self.steps = dict.fromkeys(SIZES, updates)
+
+    def barrier(self):
+        self.between.barrier.wait()
+
+    def sum(self, value):
+        return self.between.sum(self.rank, value)
+
+    def shapes(self):
+        return {name: [n] for name, n in SIZES.items()}
 
     def chunk(self, n):
         size = -(-n // self.world)
@@ -54,23 +67,54 @@ class Sharded:
                     self.got[key, name] = (start, read(name, key, start, stop))
 
 
-def save(out, updates, world=1, identity=IDENTITY):
-    """Save as ``world`` ranks at once."""
-    barrier = threading.Barrier(world).wait
-    ranks = [Sharded(updates, rank, world, barrier) for rank in range(world)]
-    threads = [
-        threading.Thread(target=checkpoint.save, args=(rank, out, identity, STATE))
-        for rank in ranks
-    ]
+class Ranks:
+    """What ranks have between them, in threads."""
+
+    def __init__(self, world):
+        self.barrier, self.values = threading.Barrier(world), [None] * world
+
+    def sum(self, rank, value):
+        self.values[rank] = value.clone()
+        self.barrier.wait()
+        total = torch.stack(self.values).sum(0)
+        self.barrier.wait()
+        return total
+
+
+def together(ranks, act):
+    """``act`` on all ranks at once; raises what one of them raised."""
+    problems = []
+
+    def work(rank):
+        try:
+            act(rank)
+        except BaseException as error:
+            problems.append(error)
+            rank.between.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in ranks]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    own = [error for error in problems if not isinstance(error, threading.BrokenBarrierError)]
+    for error in own:
+        raise error
+
+
+def save(out, updates, world=1, identity=IDENTITY):
+    """Save as ``world`` ranks at once."""
+    between = Ranks(world)
+    ranks = [Sharded(updates, rank, world, between) for rank in range(world)]
+    together(ranks, lambda rank: checkpoint.save(rank, out, "toy", identity, STATE))
 
 
 def resume(out, world=1, identity=IDENTITY):
-    ranks = [Sharded(0, rank, world) for rank in range(world)]
-    assert all(checkpoint.resume(rank, out, identity) == STATE for rank in ranks)
+    between = Ranks(world)
+    ranks = [Sharded(0, rank, world, between) for rank in range(world)]
+    found = []
+    together(ranks, lambda rank: found.append(checkpoint.resume(rank, out, identity)))
+    assert found == [STATE] * world
     return ranks
 
 
@@ -93,7 +137,7 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path, wrote, reads)
 def test_skipped_updates_are_remembered(tmp_path):
     engine = Sharded(5)
     engine.applied, engine.steps = 3, {"matrix": 3, "bias": 1, "scale": 0}
-    checkpoint.save(engine, tmp_path, IDENTITY, STATE)
+    checkpoint.save(engine, tmp_path, "toy", IDENTITY, STATE)
     assert [(r.updates, r.applied, r.steps) for r in resume(tmp_path)] == [(5, 3, engine.steps)]
 
 
@@ -199,22 +243,64 @@ def test_another_schema_is_refused(tmp_path, version, way_out):
         resume(tmp_path)
 
 
-def test_a_damaged_file_of_the_right_size_is_named_with_the_way_out(tmp_path):
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("place", [0, 20, -1])
+def test_a_flipped_bit_sends_all_ranks_to_the_one_before(tmp_path, world, place):
+    save(tmp_path, 5, world=2)
+    save(tmp_path, 10, world=2)
+    path = tmp_path / "checkpoints/step-0000010/rank-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    assert [rank.updates for rank in resume(tmp_path, world)] == [5] * world
+    (tmp_path / "checkpoints/step-0000005/rank-00000.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=f"every checkpoint under {tmp_path} is damaged: copy one"):
+        resume(tmp_path, world)
+    # and a save goes on from there
+    save(tmp_path, 10, world=2)
+    assert [rank.updates for rank in resume(tmp_path, world)] == [10] * world
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_no_room_is_known_before_anything_is_written(tmp_path, monkeypatch, world):
     save(tmp_path, 5)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 << 23))
+    save(tmp_path, 10, world)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 23))
+    with pytest.raises(InputError, match=r"takes 0\.0 GiB and .* has room for 0\.0: make room and"):
+        save(tmp_path, 15, world)
+    assert folders(tmp_path) == ["step-0000005", "step-0000010"]
+
+
+def test_a_disk_that_fills_up_under_a_save_leaves_the_others(tmp_path, monkeypatch):
+    save(tmp_path, 5)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OwnError, match=r"rank-00000.*cannot be written .*No space left"):
+        save(tmp_path, 10)
+    assert folders(tmp_path) == ["step-0000005", "step-0000010.partial"]
+    monkeypatch.undo()
     save(tmp_path, 10)
-    path = tmp_path / "checkpoints/step-0000010/rank-00000.safetensors"
-    path.write_bytes(b"\xff" * path.stat().st_size)
-    sentence = "cannot be read .* delete .*step-0000010 to go on from the one before"
-    with pytest.raises(InputError, match=sentence):
-        resume(tmp_path)
+    assert folders(tmp_path) == ["step-0000005", "step-0000010"]
 
 
 def test_before_the_first_applied_update_there_are_weights_alone(tmp_path):
     part = Slice(0, {"weight": torch.ones(3)})
     engine = SimpleNamespace(
-        rank=0, world=1, updates=1, applied=0, barrier=lambda: None, slices=lambda: [("w", part)]
+        rank=0,
+        world=1,
+        updates=1,
+        applied=0,
+        barrier=lambda: None,
+        slices=lambda: [("w", part)],
+        sum=lambda value: value,
+        device="cpu",
+        shapes=lambda: {"w": [3]},
     )
-    checkpoint.save(engine, tmp_path, IDENTITY, STATE)
+    checkpoint.save(engine, tmp_path, "toy", IDENTITY, STATE)
     got = []
     engine.restore = lambda read, steps, updates, applied: got.extend(
         [read("w", "weight", 0, 3), updates, applied]
@@ -229,4 +315,4 @@ def test_a_damaged_description_is_no_checkpoint(tmp_path, meta):
     folder = tmp_path / "checkpoints" / "step-0000004"
     folder.mkdir(parents=True)
     (folder / "meta.json").write_text(meta)
-    assert checkpoint._complete(tmp_path) == []
+    assert slices.complete(tmp_path) == []

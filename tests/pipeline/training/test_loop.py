@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline import slices
 from pipeline.console import InputError, OwnError
 from pipeline.data.loader import TokenLoader
 from pipeline.train_dalle import DalleStage
-from pipeline.training import checkpoint, loop
+from pipeline.training import loop
 from pipeline.training.engine import PlainEngine
 from pipeline.training.telemetry import Telemetry
 from tests import tiny as runs
@@ -218,7 +219,7 @@ def test_what_is_wrong_with_one_ranks_samples_is_said_by_that_rank(
 
 def test_a_rank_stops_with_the_one_that_cannot_read_its_samples(tiny, tmp_path, monkeypatch):
     # one more than this rank says, as if another had said it
-    monkeypatch.setattr(PlainEngine, "sum", lambda self, value: value + 1)
+    monkeypatch.setattr(PlainEngine, "sum", lambda self, value: value + value.ndim)
     with pytest.raises(InputError, match="another rank cannot read its samples") as stopped:
         train(stage_of(tiny), tmp_path)
     assert not isinstance(stopped.value, OwnError)
@@ -252,7 +253,7 @@ def test_other_tokens_do_not_continue_a_run(tiny, tmp_path, never_stopped):
 
 
 def test_checkpoints_of_a_run_are_its_newest_two(never_stopped):
-    folders = checkpoint._complete(never_stopped)
+    folders = slices.complete(never_stopped)
     assert [folder.name for folder in folders] == ["step-0000015", "step-0000020"]
 
 

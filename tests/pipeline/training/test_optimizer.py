@@ -11,6 +11,7 @@ from pipeline.models.dvae import DiscreteVAE
 from pipeline.training.engine import PlainEngine
 from pipeline.training.optimizer import AdamW, parameter_groups
 from tests import tiny
+from tests.tiny import whole
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
@@ -85,7 +86,7 @@ class Reference:
 def test_weights_and_average_follow_a_float64_reference_for_200_updates(ema_every):
     engine = toy_engine(ema_every=ema_every)
     recipe = dataclasses.replace(RECIPE, ema_every=ema_every)
-    reference = Reference(engine.gather("weight"), recipe)
+    reference = Reference(whole(engine, "weight"), recipe)
     rng = np.random.default_rng(0)
     for step in range(200):
         gradients = random_gradients(rng, scale=rng.uniform(0.1, 3.0))
@@ -93,7 +94,7 @@ def test_weights_and_average_follow_a_float64_reference_for_200_updates(ema_ever
         lr = 0.01 / (1 + step / 50)
         assert engine.update(lr) == pytest.approx(reference.update(gradients, lr), rel=1e-5)
     for key, wanted in (("weight", reference.weights), ("ema", reference.ema)):
-        for name, value in engine.gather(key).items():
+        for name, value in whole(engine, key).items():
             np.testing.assert_allclose(value.numpy(), wanted[name], rtol=1e-4, atol=1e-5)
     # a wrong rhythm or decay would show
     assert np.abs(reference.ema["weight"] - reference.weights["weight"]).max() > 1e-3
@@ -103,7 +104,7 @@ def test_weights_and_average_follow_a_float64_reference_for_200_updates(ema_ever
 def test_the_running_variance_is_clipped_before_it_is_used(bound):
     engine = toy_engine(max_exp_avg_sq=bound)
     recipe = dataclasses.replace(RECIPE, max_exp_avg_sq=bound)
-    reference = Reference(engine.gather("weight"), recipe)
+    reference = Reference(whole(engine, "weight"), recipe)
     rng = np.random.default_rng(2)
     n_clipped = 0
     for _ in range(60):
@@ -113,7 +114,7 @@ def test_the_running_variance_is_clipped_before_it_is_used(bound):
         reference.update(gradients, 0.01)
         n_clipped += sum(int((v == bound).sum()) for v in reference.v.values())
     assert n_clipped > 20
-    for name, value in engine.gather("weight").items():
+    for name, value in whole(engine, "weight").items():
         np.testing.assert_allclose(value.numpy(), reference.weights[name], rtol=1e-4, atol=1e-5)
     for name, part in engine.slices():
         variance = part.values["exp_avg_sq"].view(SHAPES[name])
@@ -180,10 +181,10 @@ def test_a_skipped_block_keeps_weights_moments_and_count():
 
 def test_gains_and_biases_do_not_decay():
     engine = toy_engine()
-    before = engine.gather("weight")
+    before = whole(engine, "weight")
     push(engine, {name: np.zeros(shape) for name, shape in SHAPES.items()})
     engine.update(0.1)
-    after = engine.gather("weight")
+    after = whole(engine, "weight")
     torch.testing.assert_close(after["weight"], before["weight"] * (1 - 0.1 * 0.045))
     assert not torch.equal(after["weight"], before["weight"])
     for name in ("bias", "gain"):

@@ -1,0 +1,168 @@
+"""Checkpoints as they lie on disk: parameters in slices, each rank's in a file of its own.
+
+    checkpoints/step-0001000/rank-00000.safetensors   key/name -> flat slice; name -> its place
+                             meta.json                schema version, updates, sha256 of the files,
+                                                      what the run is, what else it remembers
+
+Any number of readers takes any range of any parameter, whatever number of ranks wrote it. Nothing
+is unpickled. A folder has its final name when all of it is complete and synced.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipeline.console import InputError, logger
+
+SCHEMA_VERSION = 2
+META = {
+    "schema_version", "updates", "applied", "world", "files", "shapes", "kind", "identity", "state",
+}  # fmt: skip
+NAME = re.compile(r"step-(\d{7,})")
+
+log = logger("train")
+
+
+def folder_of(out: Path, updates: int) -> Path:
+    """Where the checkpoint of an update is."""
+    return out / "checkpoints" / f"step-{updates:07d}"
+
+
+def rank_file(rank: int) -> str:
+    """The name of a rank's file."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def complete(out: Path) -> list[Path]:
+    """Checkpoints whose files all have the sizes that were written, oldest first.
+
+    Others are passed over, and the log says so.
+    """
+    found = []
+    for folder in sorted((out / "checkpoints").glob("step-*")):
+        if NAME.fullmatch(folder.name) is None:
+            continue
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            is_other = meta["schema_version"] != SCHEMA_VERSION  # which ``read_meta`` refuses
+            if missing := set() if is_other else META - set(meta):
+                raise KeyError(f"meta.json lacks {', '.join(sorted(missing))}")
+            files = (
+                {} if is_other else {name: file["bytes"] for name, file in meta["files"].items()}
+            )
+            sizes = {name: (folder / name).stat().st_size for name in files}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("%s is no complete checkpoint (%s): passed over", folder, error)
+            continue
+        if sizes != files:
+            log.warning("%s has a file of another size than was written: passed over", folder)
+            continue
+        found.append(folder)
+    return found
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The description of a complete checkpoint.
+
+    Raises:
+        InputError: it was written by other code.
+    """
+    meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+    if (version := meta["schema_version"]) != SCHEMA_VERSION:
+        way_out = "give another --out"
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            way_out = "update the code"
+        raise InputError(
+            f"{folder} has schema version {version}, this code reads {SCHEMA_VERSION}; {way_out}"
+        )
+    return meta
+
+
+def damaged(folder: Path, meta: dict[str, Any], part: int = 0, parts: int = 1) -> list[str]:
+    """Names of files that are not what was written; looks at one of ``parts`` parts of them."""
+    names = sorted(meta["files"])[part::parts]
+    return [name for name in names if sha256(folder / name) != meta["files"][name]["sha256"]]
+
+
+@dataclass(frozen=True)
+class Slices:
+    """All files of one checkpoint, read by name and range.
+
+    Attributes:
+        pieces: "key/name" -> (start, stop, file) of its slices, in order.
+        steps: name -> updates of a parameter.
+    """
+
+    folder: Path
+    pieces: dict[str, list[tuple[int, int, Any]]]
+    steps: dict[str, int]
+
+    def read(self, name: str, key: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a flat parameter or of its state."""
+        parts = []
+        for begin, end, file in self.pieces[f"{key}/{name}"]:
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                parts.append(file.get_slice(f"{key}/{name}")[low - begin : high - begin])
+        return torch.cat(parts)
+
+    def numel(self, name: str, key: str) -> int:
+        """Elements that there are; 0 for what there is not."""
+        return max((end for _, end, _ in self.pieces.get(f"{key}/{name}", ())), default=0)
+
+
+def open_slices(folder: Path, meta: dict[str, Any]) -> Slices:
+    """Open a complete checkpoint.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    pieces: dict[str, list[tuple[int, int, Any]]] = {}
+    steps: dict[str, int] = {}
+    for name in sorted(n for n in meta["files"] if n.endswith(".safetensors")):
+        try:
+            file = safe_open(folder / name, framework="pt")
+        except SafetensorError as error:
+            raise InputError(
+                f"{folder / name} cannot be read ({error}); "
+                f"delete {folder} to go on from the one before"
+            ) from error
+        places = {
+            parameter: tuple(map(int, place.split()))
+            for parameter, place in (file.metadata() or {}).items()
+        }
+        steps |= {parameter: step for parameter, (_, step) in places.items()}
+        for entry in file.keys():  # noqa: SIM118 - safe_open is no dict
+            start, _ = places[entry.partition("/")[2]]
+            size = file.get_slice(entry).get_shape()[0]
+            pieces.setdefault(entry, []).append((start, start + size, file))
+    for parts in pieces.values():
+        parts.sort(key=lambda part: part[0])
+    return Slices(folder, pieces, steps)
+
+
+def newest(out: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint under ``out`` of which every byte is as written, and its description.
+
+    For one reader; damaged ones are passed over, and the log says so.
+    """
+    for folder in reversed(complete(out)):
+        meta = read_meta(folder)
+        if bad := damaged(folder, meta):
+            log.warning("%s: %s is damaged (sha256 differs): passed over", folder, ", ".join(bad))
+            continue
+        return folder, meta
+    return None
