@@ -254,6 +254,23 @@ class Optimizer:
         )
 
 
+@dataclass(frozen=True)
+class Spike:
+    """A loss that has run away: no number, or far above the losses before."""
+
+    deviations: float = 6.0  # standard deviations above the mean ...
+    window: int = 200  # ... of so many updates
+    skips: int = 20  # in a row; then back to the last checkpoint, and on behind these batches
+    returns: int = 3  # then the run ends
+
+    def __post_init__(self) -> None:
+        require(self.deviations > 0, f"a spike of {self.deviations} deviations; take more than 0")
+        for name in ("window", "skips"):
+            value = getattr(self, name)
+            require(value >= 1, f"a spike's {name} is {value}; take 1 or more")
+        require(self.returns >= 0, f"a spike's returns is {self.returns}; take 0 or more")
+
+
 def _check_run(run: "DvaeRun | DalleRun") -> None:
     """Counts of a run are counts."""
     for name in ("batch", "steps", "val_images", "val_every", "save_every", "log_every"):
@@ -262,6 +279,7 @@ def _check_run(run: "DvaeRun | DalleRun") -> None:
             isinstance(value, int) and value >= 1,
             f"{name} is {value!r} in the preset; take a whole number from 1 on",
         )
+    require(run.patience_s >= 0, f"patience_s is {run.patience_s}; take 0 for ever, or seconds")
 
 
 @dataclass(frozen=True)
@@ -280,6 +298,8 @@ class DvaeRun:
     val_every: int = 1000
     save_every: int = 1000
     log_every: int = 10
+    patience_s: float = 3600.0  # an update that takes longer is a hang; 0 waits for ever
+    spike: Spike | None = None  # None takes every loss that is a number
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -309,6 +329,8 @@ class DalleRun:
     val_every: int = 1000
     save_every: int = 1000
     log_every: int = 10
+    patience_s: float = 3600.0  # an update that takes longer is a hang; 0 waits for ever
+    spike: Spike | None = None  # None takes every loss that is a number
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from pipeline.config import (
     Optimizer,
     Plateau,
     Ramp,
+    Spike,
 )
 from pipeline.console import InputError
 from pipeline.plugin import blame, load_function
@@ -116,6 +117,7 @@ def _dalle(n_layer: int, d_model: int) -> DalleRun:
         warmup=5_000,
         # halved at five plateaus of the training loss; the rule is ours, for the paper tells none
         lr=Plateau(4.5e-4),
+        spike=Spike(),
         log_every=10,
     )
 

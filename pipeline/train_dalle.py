@@ -257,8 +257,7 @@ def main() -> None:
     if args.dvae:
         check_dvae(stage.data.readers[0], args.dvae)
     engine = engines.make(stage.build, run, args.deepspeed_config)
-    loop.train(stage, engine, args.out)
-    engines.leave(engine)
+    engines.leave(engine, loop.train(stage, engine, args.out))
 
 
 if __name__ == "__main__":

@@ -283,8 +283,7 @@ def main() -> None:
         raise InputError(f"{args.preset} trains the transformer; stage 1 takes a dvae preset")
     stage = DvaeStage(run, args.data, mix=args.mix, block_order=args.block_order)
     engine = engines.make(stage.build, run, args.deepspeed_config)
-    loop.train(stage, engine, args.out)
-    engines.leave(engine)
+    engines.leave(engine, loop.train(stage, engine, args.out))
 
 
 if __name__ == "__main__":

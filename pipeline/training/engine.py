@@ -72,6 +72,10 @@ class Engine(ABC):
         """Clip, update, count; returns the global gradient norm before clipping."""
 
     @abstractmethod
+    def discard(self) -> None:
+        """Drop the gradients; nothing else changes."""
+
+    @abstractmethod
     def slices(self) -> Iterator[tuple[str, Slice]]:
         """This rank's parts of all parameters, for a checkpoint."""
 
@@ -199,6 +203,10 @@ class PlainEngine(Engine):
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def discard(self) -> None:
+        """Drop the gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
+
     def slices(self) -> Iterator[tuple[str, Slice]]:
         """Whole parameters."""
         for name, parameter in self.model.named_parameters():
@@ -287,6 +295,15 @@ class ZeroEngine(Engine):
         norm = float(self._engine.get_global_grad_norm())
         self.applied += math.isfinite(norm)
         return norm
+
+    def discard(self) -> None:
+        """Have DeepSpeed skip the update, as it does when the norm is no number."""
+        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+
+        _, parameter = next(self._named_parameters())
+        gradient = safe_get_local_grad(parameter)
+        safe_set_local_grad(parameter, torch.full_like(gradient, math.nan))
+        self._engine.step()
 
     def _unscale(self, scales: GradientScales) -> None:
         """Before DeepSpeed looks for what is not finite: it would skip the update of all blocks."""
@@ -424,13 +441,15 @@ def make(
     return engine
 
 
-def leave(engine: Engine) -> None:
-    """Leave the process group and end the process; under plain PyTorch, do nothing."""
+def leave(engine: Engine, code: int = 0) -> None:
+    """Leave the process group and end the process with ``code``."""
     if not (dist.is_available() and dist.is_initialized()):
+        if code:
+            sys.exit(code)
         return
     engine.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     # threads of gloo abort about one exit in six in the interpreter's teardown (pytorch #179291)
-    os._exit(0)
+    os._exit(code)

@@ -18,11 +18,16 @@ from pipeline.config import DalleRun, DvaeRun, as_dict
 from pipeline.console import InputError, OwnError, logger
 from pipeline.data.loader import prefetch
 from pipeline.export import export
+from pipeline.files import write_json
 from pipeline.training import checkpoint
 from pipeline.training.engine import Engine
+from pipeline.training.guard import BACK, GO, Guard, looking_for_bad_numbers
 from pipeline.training.telemetry import Telemetry
+from pipeline.training.watch import LEFT, Watch
 
 Batch = TypeVar("Batch")
+
+DONE = "done.json"  # there when a run has finished, whatever the launcher's exit code says
 
 log = logger("train")
 
@@ -93,8 +98,11 @@ class Stage(ABC, Generic[Batch]):
         """Called on the first rank when the averaged weights are in ``out``."""
 
 
-def train(stage: Stage[Any], engine: Engine, out: Path) -> None:
+def train(stage: Stage[Any], engine: Engine, out: Path) -> int:
     """Train to the preset's last update, from the newest checkpoint under ``out`` if there is one.
+
+    Returns:
+        0, or ``watch.LEFT`` when a signal asked to leave: the run is saved and not finished.
 
     Raises:
         InputError: a checkpoint of another run, another run at work in ``out``, or a loss that
@@ -104,50 +112,206 @@ def train(stage: Stage[Any], engine: Engine, out: Path) -> None:
         if engine.rank == 0:
             _make(out)
             held.enter_context(_alone_in(out))
-        _train(stage, engine, out)
+        engine.barrier()
+        watch = held.enter_context(Watch(out, engine.rank, stage.run.patience_s))
+        return _train(stage, engine, out, watch)
 
 
-def _train(stage: Stage[Any], engine: Engine, out: Path) -> None:
+def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch) -> int:
     run = stage.run
-    identity = {"preset": as_dict(run), **stage.identity()}
-    if (state := checkpoint.resume(engine, out, identity)) is not None:
-        engine.restore_state(state["engine"])
-        stage.restore(state["stage"])
+    session = _Session(stage, engine, out, watch)
+    session.resume()
     stage.prepare(engine)
     if engine.rank == 0:
         stage.accompany(out)
     if engine.updates >= run.steps:
         log.info("all %d updates are done: nothing to train, exporting the model", run.steps)
         _finish(stage, engine, out)
-        return
-    telemetry = Telemetry(out, stage.name, run.steps, engine.updates, speaks=engine.rank == 0)
-    positions = itertools.count(engine.updates * run.batch, run.batch)
-    engine.model.train()
+        return 0
+    (out / DONE).unlink(missing_ok=True)
+    session.telemetry = Telemetry(
+        out, stage.name, run.steps, engine.updates, speaks=engine.rank == 0
+    )
     try:
-        with closing(prefetch(map(stage.micro_batches, positions))) as stream:
-            while engine.updates < run.steps:
-                is_looked_at = _is_validated(run, engine.updates + 1)
-                if engine.scales is not None:
-                    engine.scales.looks = is_looked_at
-                figures = _update(stage, engine, _next(engine, stream))
-                step = engine.updates
-                telemetry.update(step, figures)
-                if is_looked_at:
-                    engine.model.eval()
-                    with _said_by_this_rank():
-                        held_out = stage.validate(engine, out)
-                    telemetry.figures("val", step, held_out)
-                    telemetry.figures("machine", step, {"peak_gib": _peak_gib(engine)})
-                    if engine.scales is not None:
-                        zeros = engine.sum(engine.scales.zeros.to(engine.device))
-                        telemetry.figures("blocks", step, engine.scales.by_block(zeros))
-                    engine.model.train()
-                if step % run.save_every == 0 or step == run.steps:
-                    state = {"engine": engine.state(), "stage": stage.state()}
-                    checkpoint.save(engine, out, stage.name, identity, state)
+        while engine.updates < run.steps:
+            if not session.run():
+                return LEFT
     finally:
-        telemetry.close()
+        session.telemetry.close()
     _finish(stage, engine, out)
+    return 0
+
+
+class _Session(Generic[Batch]):
+    """A run from where it is: batches in, updates, and what is due after each."""
+
+    telemetry: Telemetry
+
+    def __init__(self, stage: Stage[Batch], engine: Engine, out: Path, watch: Watch) -> None:
+        self.stage, self.engine, self.out, self.watch = stage, engine, out, watch
+        self.guard = Guard(stage.run.spike)
+        self.identity = {"preset": as_dict(stage.run), **stage.identity()}
+        # batches that were left out by going back: updates are behind the data by so many
+        self.skipped_batches = 0
+        self._saved = -1
+        self._sums: dict[str, Tensor] = {}
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        state = checkpoint.resume(self.engine, self.out, self.identity)
+        if state is not None:
+            self.engine.restore_state(state["engine"])
+            self.stage.restore(state["stage"])
+            self.guard.restore(state["guard"])
+            self.skipped_batches = int(state["skipped_batches"])
+            self._saved = self.engine.updates
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this update has one."""
+        if self._saved == self.engine.updates:
+            return
+        state = {
+            "engine": self.engine.state(),
+            "stage": self.stage.state(),
+            "guard": self.guard.state(),
+            "skipped_batches": self.skipped_batches,
+        }
+        checkpoint.save(self.engine, self.out, self.stage.name, self.identity, state)
+        self._saved = self.engine.updates
+
+    def run(self) -> bool:
+        """Train until the end, or until it goes back; False when a signal asked to leave."""
+        stage, engine, run = self.stage, self.engine, self.stage.run
+        first = (engine.updates + self.skipped_batches) * run.batch
+        engine.model.train()
+        with closing(prefetch(map(stage.micro_batches, itertools.count(first, run.batch)))) as data:
+            while engine.updates < run.steps:
+                batches, is_asked = _next(engine, data, self.watch.asked is not None)
+                if is_asked:
+                    self.save()
+                    log.info(
+                        "%s: update %d of %d is saved; start again to go on",
+                        self.watch.asked or "another rank was asked to leave",
+                        engine.updates, run.steps,
+                    )  # fmt: skip
+                    return False
+                if engine.scales is not None:
+                    engine.scales.looks = _is_validated(run, engine.updates + 1)
+                if not self._update(batches):
+                    self._go_back()
+                    return True
+                self._after_update()
+                self.watch.beat()
+        return True
+
+    def _update(self, batches: list[Batch]) -> bool:
+        """One update, made or left out; False when it is time to go back."""
+        engine, guard = self.engine, self.guard
+        figures = self._pass(batches)
+        verdict = GO
+        if guard.spike is not None:
+            verdict = guard.judge(figures["loss"])
+        if verdict == GO:
+            lr = self.stage.lr(engine.updates)
+            norm = engine.update(lr)
+            told = self._told(figures, lr, norm)
+            if (verdict := guard.judge_norm(norm)) != GO:
+                self._leave_out(batches, f"its gradient's norm is {norm}")
+            self.telemetry.update(engine.updates, told)
+            return verdict != BACK
+        self._leave_out(batches, f"its loss is {figures['loss']:g}")
+        engine.discard()
+        engine.updates += 1
+        self.telemetry.update(engine.updates, figures)
+        return verdict != BACK
+
+    def _leave_out(self, batches: list[Batch], why: str) -> None:
+        step, skips = self.engine.updates + 1, self.guard.skips
+        log.warning("update %d is left out: %s; %d left out so far", step, why, skips)
+        self._tell_of_bad_numbers(batches)
+
+    def _tell_of_bad_numbers(self, batches: list[Batch]) -> None:
+        """Each rank says where its own pass first has a number that is none."""
+        engine = self.engine
+        with looking_for_bad_numbers(engine.module) as found:
+            self._pass(batches)
+        engine.discard()
+        for what in found:
+            log.error(
+                "rank %d, update %d: the first number that is not finite is in %s",
+                engine.rank, engine.updates + 1, what,
+            )  # fmt: skip
+
+    def _go_back(self) -> None:
+        """To the last checkpoint, and on with the batches behind those of the spike."""
+        here = self.engine.updates + self.skipped_batches
+        returns = self.guard.returns
+        self.resume()
+        self.guard.returns = returns
+        self.guard.went_back()
+        self.skipped_batches = here - self.engine.updates
+        self.telemetry.back_to(self.engine.updates)
+        log.warning(
+            "back to update %d, and on with the batches behind the spike: %d are left out",
+            self.engine.updates, self.skipped_batches,
+        )  # fmt: skip
+
+    def _pass(self, batches: list[Batch]) -> dict[str, float]:
+        """Forward and backward; the figures of the whole batch when anybody wants them."""
+        stage, engine, step = self.stage, self.engine, self.engine.updates
+        counts = torch.stack([stage.counts(b) for b in batches]).sum(0)
+        totals = engine.sum(counts.to(engine.device))
+        self._sums = {}
+        for batch in batches:
+            share, figures = stage.loss(engine, batch, totals, step)
+            engine.backward(share)
+            for name, value in {"loss": share, **figures}.items():
+                value = value.detach().float()
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if self.guard.spike is not None or stage.wants_losses:
+            return self._summed()
+        return {}
+
+    def _summed(self) -> dict[str, float]:
+        """Figures of all ranks together."""
+        summed = self.engine.sum(torch.stack(list(self._sums.values()))).tolist()
+        return dict(zip(self._sums, summed, strict=True))
+
+    def _told(self, figures: dict[str, float], lr: float, norm: float) -> dict[str, float] | None:
+        """What is told of an update that was made, where it is due."""
+        stage, run, step = self.stage, self.stage.run, self.engine.updates
+        # a loss that is not finite shows in the norm, which is known anyway
+        is_due = step % run.log_every == 0 or step in (1, run.steps) or not math.isfinite(norm)
+        if is_due and not figures:
+            figures = self._summed()
+        if figures and not math.isfinite(figures["loss"]):
+            raise InputError(
+                f"the loss of update {step} is {figures['loss']}; the last checkpoint is kept: "
+                "resume with a smaller step size or a longer warm-up in the preset"
+            )
+        if figures:
+            stage.observe(step - 1, figures["loss"])
+        if not is_due:
+            return None
+        scales = {} if self.engine.scales is None else self.engine.scales.figures()
+        told = {"lr": lr, "gradient_norm": norm, **scales, **stage.figures(step - 1)}
+        return figures | told
+
+    def _after_update(self) -> None:
+        stage, engine, run = self.stage, self.engine, self.stage.run
+        step = engine.updates
+        if _is_validated(run, step):
+            engine.model.eval()
+            with _said_by_this_rank():
+                held_out = stage.validate(engine, self.out)
+            self.telemetry.figures("val", step, held_out)
+            self.telemetry.figures("machine", step, {"peak_gib": _peak_gib(engine)})
+            if engine.scales is not None:
+                zeros = engine.sum(engine.scales.zeros.to(engine.device))
+                self.telemetry.figures("blocks", step, engine.scales.by_block(zeros))
+            engine.model.train()
+        if step % run.save_every == 0 or step == run.steps:
+            self.save()
 
 
 def _finish(stage: Stage[Any], engine: Engine, out: Path) -> None:
@@ -159,6 +323,7 @@ def _finish(stage: Stage[Any], engine: Engine, out: Path) -> None:
     fingerprint = export(folder, meta, out, key="ema" if meta["applied"] else "weight")
     log.info("wrote %s, fingerprint %s", out, fingerprint)
     stage.finish(out)
+    write_json(out / DONE, {"updates": engine.updates, "fingerprint": fingerprint})
 
 
 def _is_validated(run: DvaeRun | DalleRun, step: int) -> bool:
@@ -190,20 +355,24 @@ def _alone_in(out: Path) -> Iterator[None]:
         yield
 
 
-def _next(engine: Engine, stream: Iterator[list[Any]]) -> list[Any]:
-    """This rank's next micro-batches; all ranks stop together when one cannot read its own."""
+def _next(engine: Engine, stream: Iterator[list[Any]], is_asked: bool) -> tuple[list[Any], bool]:
+    """This rank's next micro-batches, and whether any rank was asked to leave.
+
+    All ranks stop together when one cannot read its own.
+    """
     batches: list[Any] = []
     problem = None
     try:
         batches = next(stream)
     except InputError as error:
         problem = error
-    n_stopped = engine.sum(torch.tensor([float(problem is not None)], device=engine.device))
+    flags = [float(problem is not None), float(is_asked)]
+    n_stopped, n_asked = engine.sum(torch.tensor(flags, device=engine.device)).tolist()
     if problem is not None:
         raise OwnError(str(problem)) from problem
-    if n_stopped.item():
+    if n_stopped:
         raise InputError("another rank cannot read its samples: its own line says why")
-    return batches
+    return batches, n_asked > 0
 
 
 def _peak_gib(engine: Engine) -> float:
@@ -223,34 +392,3 @@ def _said_by_this_rank() -> Iterator[None]:
         yield
     except InputError as error:
         raise OwnError(str(error)) from error
-
-
-def _update(stage: Stage[Any], engine: Engine, batches: list[Any]) -> dict[str, float] | None:
-    """One update; returns the figures of the whole batch when they are due."""
-    run, step = stage.run, engine.updates
-    totals = engine.sum(torch.stack([stage.counts(b) for b in batches]).sum(0).to(engine.device))
-    sums: dict[str, Tensor] = {}
-    for batch in batches:
-        share, figures = stage.loss(engine, batch, totals, step)
-        engine.backward(share)
-        for name, value in {"loss": share, **figures}.items():
-            value = value.detach().float()
-            sums[name] = sums[name] + value if name in sums else value
-    norm = engine.update(stage.lr(step))
-    is_due = (step + 1) % run.log_every == 0 or step == 0 or step + 1 == run.steps
-    # a loss that is not finite shows in the norm, which is known anyway
-    if not is_due and math.isfinite(norm) and not stage.wants_losses:
-        return None
-    lr = stage.lr(step)  # before the stage learns of the loss
-    summed = engine.sum(torch.stack(list(sums.values()))).tolist()
-    result = dict(zip(sums, summed, strict=True))
-    if not math.isfinite(result["loss"]):
-        raise InputError(
-            f"the loss of update {step + 1} is {result['loss']}; the last checkpoint is kept: "
-            "resume with a smaller step size or a longer warm-up in the preset"
-        )
-    stage.observe(step, result["loss"])
-    if not is_due and math.isfinite(norm):
-        return None
-    scales = {} if engine.scales is None else engine.scales.figures()
-    return result | {"lr": lr, "gradient_norm": norm, **scales, **stage.figures(step)}

@@ -23,14 +23,24 @@ class Telemetry:
         if not speaks:
             return
         self._start = time.monotonic()
-        path = out / "metrics.jsonl"
+        self._out, self._name, self._steps = out, name, steps
+        self._open(done)
+
+    def _open(self, done: int) -> None:
+        path = self._out / "metrics.jsonl"
         _cut(path, done)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
         # imported late: it takes a second, and only rank 0 needs it
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=done)
-        self.bar = Bar(name, steps, done)
+        self._board = SummaryWriter(str(self._out / "tensorboard"), purge_step=done)
+        self.bar = Bar(self._name, self._steps, done)
+
+    def back_to(self, step: int) -> None:
+        """Take back what was told of the updates after ``step``."""
+        if self._speaks:
+            self.close()
+            self._open(step)
 
     def figures(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Record ``values`` of update ``step``."""

@@ -70,9 +70,7 @@ def test_a_folder_without_a_model_is_refused(folder):
 
 def test_weights_that_are_missing_are_a_broken_copy(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(
-        InputError, match=r"cannot be read \(No such file.*the copy is broken"
-    ):
+    with pytest.raises(InputError, match=r"cannot be read \(No such file.*the copy is broken"):
         load_weights(folder, "dvae")
 
 
