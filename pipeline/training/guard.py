@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,15 +98,15 @@ class Guard:
 def looking_for_bad_numbers(module: nn.Module) -> Iterator[list[str]]:
     """What of ``module`` first gives numbers that are not finite, in a pass made meanwhile.
 
-    The list has at most one entry: "the output of NAME", or "the gradient in NAME" where all
-    outputs are finite.
+    The list has at most one entry: "the output of NAME", or "the gradient of the output of NAME"
+    where all outputs are finite; the layer behind that one made it.
     """
     found: list[str] = []
 
-    def look(name: str, what: str, values: Any) -> None:
+    def look(what: str, values: Any) -> None:
         tensors = values if isinstance(values, tuple) else (values,)
         if not found and any(_is_bad(x) for x in tensors if isinstance(x, Tensor)):
-            found.append(f"the {what} {name}")
+            found.append(what)
 
     handles = []
     for name, part in module.named_modules():
@@ -113,15 +114,11 @@ def looking_for_bad_numbers(module: nn.Module) -> Iterator[list[str]]:
             continue
 
         def forward(part: Any, inputs: Any, output: Any, name: str = name) -> None:
-            look(name, "output of", output)
+            look(f"the output of {name}", output)
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(partial(look, f"the gradient of the output of {name}"))
 
-        def backward(part: Any, inner: Any, outer: Any, name: str = name) -> None:
-            look(name, "gradient in", (*inner, *outer))
-
-        handles += [
-            part.register_forward_hook(forward),
-            part.register_full_backward_hook(backward),
-        ]
+        handles.append(part.register_forward_hook(forward))
     try:
         yield found
     finally:

@@ -88,7 +88,7 @@ class Watch:
             if self.patience and time.monotonic() - self._beat > self.patience:
                 faulthandler.dump_traceback(file=self._file)
                 self._leave(
-                    f"no update for {self.patience:.0f} s, so it hangs: the stacks of its threads "
+                    f"no update for {self.patience:g} s, so it hangs: the stacks of its threads "
                     f"are in {self._file.name}; the last checkpoint is kept, start it again",
                     HUNG,
                 )

@@ -1,6 +1,8 @@
 import dataclasses
+import json
 import logging
 import math
+import os
 import shutil
 import signal
 
@@ -9,14 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline import slices
+from pipeline.config import Spike
 from pipeline.console import InputError, OwnError
 from pipeline.data.loader import TokenLoader
+from pipeline.models.dalle import MLP
 from pipeline.train_dalle import DalleStage
-from pipeline.training import loop
+from pipeline.training import loop, watch
 from pipeline.training.engine import PlainEngine
 from pipeline.training.telemetry import Telemetry
 from tests import tiny as runs
-from tests.tiny import arguments, curve, losses, plain, train
+from tests.tiny import arguments, curve, losses, plain, train, whole
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
@@ -265,3 +269,109 @@ def test_two_runs_do_not_share_a_folder(tiny, tmp_path):
         train(stage_of(tiny), tmp_path)
     with loop._alone_in(tmp_path):
         pass
+
+
+# ---- runs that look after themselves
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(
+    tiny, tmp_path, never_stopped, monkeypatch, number
+):
+    write, lines = Telemetry.update, spoken(monkeypatch)
+
+    def update(self, step, values):
+        write(self, step, values)
+        if step == 7:
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Telemetry, "update", update)
+        engine = PlainEngine(stage_of(tiny).build, runs.dalle())
+        assert loop.train(stage_of(tiny), engine, tmp_path) == watch.LEFT
+    assert f"{signal.Signals(number).name}: update 7 of 20 is saved; start again" in lines[-1]
+    assert [folder.name for folder in slices.complete(tmp_path)] == ["step-0000005", "step-0000007"]
+    assert not (tmp_path / loop.DONE).exists()
+    train(stage_of(tiny), tmp_path)
+    assert_same_run(tmp_path, never_stopped)
+    assert json.loads((tmp_path / loop.DONE).read_text())["updates"] == runs.STEPS
+
+
+SPIKE = Spike(deviations=50.0, window=4, skips=3, returns=1)
+
+
+@pytest.mark.parametrize("change", [lambda x: x * 1000, lambda x: x * math.nan])
+def test_a_spike_is_left_out_and_the_run_goes_on(tiny, tmp_path, monkeypatch, change):
+    lines = spoken(monkeypatch)
+    poison(monkeypatch, 12, change)
+    before = {}
+
+    def kept(self):
+        before.update(whole(self, "weight"))
+        return discard(self)
+
+    discard = PlainEngine.discard
+    monkeypatch.setattr(PlainEngine, "discard", kept)
+    engine = train(stage_of(tiny, spike=SPIKE), tmp_path)
+    assert (engine.updates, engine.applied) == (20, 19)
+    assert any("update 13 is left out: its loss is" in line for line in lines)
+    assert all(math.isfinite(line["loss"]) for line in curve(tmp_path) if line["step"] != 13)
+    assert (tmp_path / loop.DONE).exists()
+
+
+def poison_data(monkeypatch, batches):
+    """Make the loss of some batches, counted from the beginning of the data, no number."""
+    micro_batches, loss = DalleStage.micro_batches, DalleStage.loss
+    bad = []
+
+    def marked(self, position):
+        found = micro_batches(self, position)
+        if position // self.run.batch in batches:
+            bad.extend(found)
+        return found
+
+    def poisoned(self, engine, batch, totals, at):
+        share, figures = loss(self, engine, batch, totals, at)
+        return (share * math.nan if any(batch is b for b in bad) else share), figures
+
+    monkeypatch.setattr(DalleStage, "micro_batches", marked)
+    monkeypatch.setattr(DalleStage, "loss", poisoned)
+
+
+def test_after_spikes_in_a_row_the_run_goes_back_and_on_behind_them(tiny, tmp_path, monkeypatch):
+    lines = spoken(monkeypatch)
+    poison_data(monkeypatch, {11, 12, 13})
+    engine = train(stage_of(tiny, spike=SPIKE), tmp_path)
+    assert (engine.updates, engine.applied) == (20, 20)
+    assert any("back to update 10, and on with the batches behind the spike: 4 are" in line
+               for line in lines)  # fmt: skip
+    # one curve, all of numbers
+    assert [line["step"] for line in curve(tmp_path)] == list(range(1, 21))
+    assert all(map(math.isfinite, losses(tmp_path)))
+    meta = slices.read_meta(slices.complete(tmp_path)[-1])
+    assert meta["state"]["skipped_batches"] == 4
+
+
+def test_a_run_that_keeps_running_away_ends_with_a_sentence(tiny, tmp_path, monkeypatch):
+    poison_data(monkeypatch, set(range(11, 100)))
+    with pytest.raises(InputError, match=r"the loss has run away 2 times, 3 updates in a row"):
+        train(stage_of(tiny, spike=SPIKE), tmp_path)
+    assert slices.newest(tmp_path)[1]["updates"] == 10
+
+
+def test_the_first_number_that_is_none_is_named_by_rank_and_layer(tiny, tmp_path, monkeypatch):
+    lines, forward = spoken(monkeypatch), MLP.forward
+
+    def spoilt(self, x):
+        y = forward(self, x)
+        return y * math.nan if self is bad[0] and engine.updates == 12 else y
+
+    monkeypatch.setattr(MLP, "forward", spoilt)
+    stage = stage_of(tiny, spike=SPIKE)
+    engine = PlainEngine(stage.build, stage.run)
+    bad = [engine.module.blocks[1].mlp]
+    loop.train(stage, engine, tmp_path)
+    assert (
+        "rank 0, update 13: the first number that is not finite is in the output of "
+        "blocks.2.attention_norm"
+    ) in lines
