@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,6 +134,35 @@ def dalle_full_overflowing() -> DalleRun:
     models.Dalle.__init__, models.MLP.forward = marked, spoilt
     GradientScales.unscale = counted
     return run
+
+
+def dalle_asked_to_leave() -> DalleRun:
+    """``dalle``, whose last rank alone gets SIGUSR1 after update 7."""
+    from pipeline.training.telemetry import Telemetry
+
+    write = Telemetry.update
+
+    def update(self, step, values):
+        write(self, step, values)
+        if step == 7 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    Telemetry.update = update
+    return dalle()
+
+
+def dalle_slow() -> DalleRun:
+    """``dalle``, which takes ten seconds longer."""
+    from pipeline.training.telemetry import Telemetry
+
+    write = Telemetry.update
+
+    def update(self, step, values):
+        write(self, step, values)
+        time.sleep(0.5)
+
+    Telemetry.update = update
+    return dalle()
 
 
 def dalle_damaged_on_rank_1() -> DalleRun:
