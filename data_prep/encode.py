@@ -97,15 +97,16 @@ class _Tools:
 
     pairs: ShardReader
     dvae: DiscreteVAE
+    fingerprint: str
     device: torch.device
 
 
 @lru_cache(maxsize=1)
 def _tools(data: Path, dvae: Path, dtype: str, local_rank: int) -> _Tools:
     device = _device(local_rank)
-    model, _ = load_dvae(dvae, device)
+    model, fingerprint = load_dvae(dvae, device)
     model.set_compute_dtype(DTYPES[dtype])
-    return _Tools(ShardReader(data, kind="pairs"), model, device)
+    return _Tools(ShardReader(data, kind="pairs"), model, fingerprint, device)
 
 
 def _device(local_rank: int) -> torch.device:
@@ -259,6 +260,15 @@ def process_shard(
         InputError: a picture that cannot be decoded or is smaller than the dVAE's.
     """
     tools = _tools(job.data, job.dvae, job.made_of["dtype"], job.local_rank)
+    for path, planned, found in (
+        (job.dvae, job.made_of["dvae"], tools.fingerprint),
+        (job.data, job.made_of["pairs"], tools.pairs.fingerprint),
+    ):
+        if planned != found:
+            raise InputError(
+                f"{path} has fingerprint {found}, this run began with {planned}: put the old one "
+                "there again and go on, or begin a new --out"
+            )
     encoder = _Encoder(tools)
     n_crops = job.made_of["crops"]
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
 
 from pipeline.console import InputError, OwnError, logger
@@ -131,18 +131,22 @@ def _beside(
     """In processes of this machine, which end with this one."""
     context = get_context("spawn")  # a fork would copy threads' locks and open files
     pool = ProcessPoolExecutor(workers, context, initializer=_end_with, initargs=(os.getpid(),))
-    with pool:
+    is_done = False
+    try:
         futures = {pool.submit(task, k): k for k in shards}
-        try:
-            for future in as_completed(futures):
-                yield futures.pop(future), future.result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                f"one of {workers} worker processes was killed or left; was there enough memory? "
-                "What is committed stays: start again, with fewer --workers if it was not"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        for future in as_completed(futures):
+            yield futures.pop(future), future.result()
+        is_done = True
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"one of {workers} worker processes was killed or left; was there enough memory? "
+            "What is committed stays: start again, with fewer --workers if it was not"
+        ) from error
+    finally:
+        if not is_done:  # nobody takes what they are at, and it may be long
+            for process in active_children():
+                process.kill()
+        pool.shutdown(wait=is_done, cancel_futures=True)
 
 
 def _end_with(parent: int) -> None:

@@ -1,14 +1,17 @@
 """The first pass of ingest: what is known of every row, and which rows go because of other rows.
 
-    facts/00042.arrow     a ``Fact`` for each row of shard 42's pieces, in their order, and a crc32
-    facts/00042.npy       uint64 [rows, 4]: hash of key, of picture and caption, of picture; phash
-    facts/00042.drops.json      its accepted rows that repeat an earlier one, of any shard
-    facts/drops.json      written last: what the drop lists add up to
+    plan/facts/00042.arrow       a ``Fact`` for each row of shard 42's pieces, in their order
+    plan/facts/00042.npy         uint64 [rows, 4]: hash of key, of picture and caption, of picture;
+                                 phash
+    plan/facts/00042.drops.json  its accepted rows that repeat an earlier one, of any shard
+    plan/facts/drops.json        written last: what the drop lists add up to
 
-The second pass reads these files and the bytes. All of them go when the set is finished.
+They belong to their plan and go with it. The second pass reads them, all held to a crc32, and the
+bytes. They are deleted when the set is finished.
 """
 
 import io
+import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,11 +32,10 @@ from data_prep.ledger import ACCEPTED_EXAMPLES, REJECTED_EXAMPLES, thumbnail
 from data_prep.plan import Plan
 from pipeline.console import InputError
 from pipeline.data.images import Decoded
-from pipeline.data.schema import read_json
-from pipeline.files import write_bytes, write_json
+from pipeline.files import json_bytes, write_bytes, write_json
 
 SCHEMA_VERSION = 1
-CRC = "crc32"  # of the record batch, in its own metadata
+CRC, CRC_OF_HASHES = "crc32", "crc32 of hashes"  # in the metadata of the record batch
 SCORED = 64  # rows whose pictures a user's score sees at once
 PART = 1 << 25  # rows whose hashes are compared in one go: 0.5 GB, and as much to sort them
 KEY, PAIR, IMAGE, NEAR = range(4)  # columns of the hashes
@@ -68,9 +70,14 @@ class Job:
     score: str | None = None
 
 
+def facts_folder(out: Path) -> Path:
+    """The folder of all that is known while a set is made."""
+    return out / "plan" / "facts"
+
+
 def facts_path(out: Path, k: int) -> Path:
     """Where the facts of shard ``k`` are; the file is there when they are complete."""
-    return out / "facts" / f"{k:05d}.arrow"
+    return facts_folder(out) / f"{k:05d}.arrow"
 
 
 def inspect_shard(job: Job, k: int, advance: Callable[[int], None] | None = None) -> int:
@@ -136,10 +143,11 @@ def write_facts(out: Path, k: int, facts: list[Fact]) -> None:
     """Write the facts of shard ``k``; the hashes first, for with the facts both are complete."""
     path = facts_path(out, k)
     path.parent.mkdir(parents=True, exist_ok=True)
-    hashes = io.BytesIO()
-    np.save(hashes, _hashes(facts))
-    write_bytes(path.with_suffix(".npy"), hashes.getvalue())
-    write_bytes(path, _to_arrow(facts))
+    file = io.BytesIO()
+    np.save(file, _hashes(facts))
+    hashes = file.getvalue()
+    write_bytes(path.with_suffix(".npy"), hashes)
+    write_bytes(path, _to_arrow(facts, hashes))
 
 
 def _checked(
@@ -206,17 +214,18 @@ def _hashes(facts: list[Fact]) -> NDArray[np.uint64]:
     return np.array(rows, np.uint64).reshape(len(rows), 4)
 
 
-def _to_arrow(facts: list[Fact]) -> bytes:
+def _to_arrow(facts: list[Fact], hashes: bytes) -> bytes:
     arrays = [pa.array([getattr(fact, f.name) for fact in facts], f.type) for f in SCHEMA]
     batch = pa.record_batch(arrays, schema=SCHEMA)
     sink = io.BytesIO()
     with ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_batch(batch, custom_metadata={CRC: _crc(batch)})
+        sums = {CRC: _crc(batch.serialize()), CRC_OF_HASHES: _crc(hashes)}
+        writer.write_batch(batch, custom_metadata=sums)
     return sink.getvalue()
 
 
-def _crc(batch: pa.RecordBatch) -> str:
-    return f"{zlib.crc32(batch.serialize()):08x}"
+def _crc(data: Any) -> str:
+    return f"{zlib.crc32(data):08x}"
 
 
 def read_facts(out: Path, k: int) -> Iterator[Fact]:
@@ -229,19 +238,50 @@ def read_facts(out: Path, k: int) -> Iterator[Fact]:
         yield Fact(**row | {"notes": tuple(row["notes"])})
 
 
-def _table(out: Path, k: int) -> pa.RecordBatch:
+def _table(out: Path, k: int, *, with_hashes: bool = False) -> pa.RecordBatch:
+    """The facts of a shard, held to their crc32, and to theirs the hashes beside them."""
     path = facts_path(out, k)
     try:
         with pa.OSFile(str(path)) as file:
             found = ipc.open_file(file).get_batch_with_custom_metadata(0)
-        batch, written = found.batch, found.custom_metadata
-        if not written or written.get(CRC) != _crc(batch).encode():
+        batch, written = found.batch, found.custom_metadata or {}
+        if written.get(CRC) != _crc(batch.serialize()).encode():
             raise pa.ArrowInvalid("its crc32 is another")
+        if with_hashes:
+            path = path.with_suffix(".npy")
+            if written.get(CRC_OF_HASHES) != _crc(path.read_bytes()).encode():
+                raise pa.ArrowInvalid("its crc32 is another")
         return batch
     except (OSError, pa.ArrowException) as error:
-        raise InputError(
-            f"{path} is missing or damaged ({error}): delete {path.parent} and start again"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: object) -> InputError:
+    return InputError(
+        f"{path} is missing or damaged ({error}): delete {path.parent} and start again"
+    )
+
+
+def write_held(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON that ``read_held`` holds to its crc32."""
+    write_json(path, {**content, CRC: _crc(json_bytes(content))})
+
+
+def read_held(path: Path) -> dict[str, Any]:
+    """What ``write_held`` wrote.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        crc = content.pop(CRC)
+        if crc != _crc(json_bytes(content)):
+            raise ValueError("its crc32 is another")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    found: dict[str, Any] = content
+    return found
 
 
 # ---- rows that repeat others
@@ -252,7 +292,7 @@ def drops_path(out: Path, k: int | None = None) -> Path:
 
     The latter is written last: with it, all of them are complete.
     """
-    return out / "facts" / ("drops.json" if k is None else f"{k:05d}.drops.json")
+    return facts_folder(out) / ("drops.json" if k is None else f"{k:05d}.drops.json")
 
 
 def merge(plan: Plan) -> dict[str, Any]:
@@ -284,14 +324,16 @@ def merge(plan: Plan) -> dict[str, Any]:
     if settings.near_duplicates != "off":
         parts = [_near(plan.out, kept, part, n_parts) for part in range(n_parts)]
         near = {name: sum(part[name] for part in parts) for name in parts[0]}
-    _write_drops(plan, np.concatenate(drops), [reason for _, reason in kinds])
+    found = np.concatenate(drops)
+    _write_drops(plan, found, [reason for _, reason in kinds])
     summary = {
         "schema_version": SCHEMA_VERSION,
         "plan": plan.hash,
         "near": near,
         "accepted": sum(int(mask.sum()) for mask in kept),
+        "dropped": {f"{k:05d}": int((found[:, 0] == k).sum()) for k in np.unique(found[:, 0])},
     }
-    write_json(drops_path(plan.out), summary)
+    write_held(drops_path(plan.out), summary)
     return summary
 
 
@@ -309,7 +351,7 @@ def _write_drops(plan: Plan, drops: NDArray[np.int64], reasons: list[str]) -> No
             [int(drops[i, 1]), reasons[drops[i, 4]], f"the same as {first_keys[i]!r}"] for i in here
         ]
         content = {"schema_version": SCHEMA_VERSION, "plan": plan.hash, "drops": rows}
-        write_json(drops_path(plan.out, int(k)), content)
+        write_held(drops_path(plan.out, int(k)), content)
 
 
 def _hashes_of(out: Path, k: int) -> NDArray[np.uint64]:
@@ -324,7 +366,7 @@ def _hashes_of(out: Path, k: int) -> NDArray[np.uint64]:
 
 
 def _is_accepted(out: Path, k: int) -> NDArray[np.bool_]:
-    reasons = _table(out, k).column("reason").to_numpy(zero_copy_only=False)
+    reasons = _table(out, k, with_hashes=True).column("reason").to_numpy(zero_copy_only=False)
     return np.asarray(reasons == "", np.bool_)
 
 
@@ -376,8 +418,11 @@ def read_merged(plan: Plan) -> dict[str, Any]:
     Raises:
         InputError: it is missing, damaged, or of another plan.
     """
-    path = drops_path(plan.out)
-    content = read_json(path, SCHEMA_VERSION)
+    return _of_plan(plan, drops_path(plan.out))
+
+
+def _of_plan(plan: Plan, path: Path) -> dict[str, Any]:
+    content = read_held(path)
     if content.get("plan") != plan.hash:
         raise InputError(f"{path} belongs to another plan: delete {plan.out} and ingest again")
     return content
@@ -389,10 +434,11 @@ def read_drops(plan: Plan, k: int) -> dict[int, tuple[str, str]]:
     Raises:
         InputError: the list is damaged, or of another plan.
     """
-    path = drops_path(plan.out, k)
-    if not path.exists():
+    n_dropped = read_merged(plan)["dropped"].get(f"{k:05d}", 0)
+    if n_dropped == 0:
         return {}
-    content = read_json(path, SCHEMA_VERSION)
-    if content.get("plan") != plan.hash or not isinstance(content.get("drops"), list):
-        raise InputError(f"{path} belongs to another plan: delete {plan.out} and ingest again")
-    return {row: (reason, detail) for row, reason, detail in content["drops"]}
+    path = drops_path(plan.out, k)
+    drops: list[tuple[int, str, str]] = _of_plan(plan, path)["drops"]
+    if len(drops) != n_dropped:
+        raise _damaged(path, f"{len(drops)} rows, there were {n_dropped}")
+    return {row: (reason, detail) for row, reason, detail in drops}

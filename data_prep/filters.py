@@ -180,7 +180,7 @@ def _tokens(text: str) -> tuple[str, ...]:
 def _by_length(words: tuple[str, ...]) -> dict[int, frozenset[tuple[str, ...]]]:
     """The entries of a word list by how many words they have."""
     entries = {_tokens(word) for word in words}
-    return {n: frozenset(e for e in entries if len(e) == n) for n in sorted(map(len, entries))}
+    return {n: frozenset(e for e in entries if len(e) == n) for n in sorted(set(map(len, entries)))}
 
 
 def load_words(path: str | Path) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,6 +32,7 @@ from data_prep.engines import ENGINES, Launch, launch_of, run, wait, workers_of
 from data_prep.facts import (
     Job,
     drops_path,
+    facts_folder,
     facts_path,
     identity_of,
     identity_of_score,
@@ -38,7 +40,9 @@ from data_prep.facts import (
     merge,
     read_drops,
     read_facts,
+    read_held,
     read_merged,
+    write_held,
 )
 from data_prep.filters import add_flags, filters_of, load_score
 from data_prep.ledger import Ledger, table
@@ -55,10 +59,11 @@ from data_prep.plan import (
 from data_prep.sources import RawPair
 from pipeline.console import Bar, InputError, a_path, command, logger
 from pipeline.data.commit import is_committed, write_manifest, write_shard
-from pipeline.data.schema import image_sha, read_json
+from pipeline.data.schema import image_sha, read_json, shard_name
 from pipeline.files import write_bytes, write_json
 
 MIB = 1 << 20
+AFRESH = "delete that folder and start again"
 
 log = logger("ingest")
 
@@ -172,7 +177,7 @@ def _changed(plan: Plan, row: str) -> str:
 
 
 def _ledger_path(plan: Plan, k: int) -> Path:
-    return plan.out / "facts" / f"{k:05d}.ledger.json"
+    return facts_folder(plan.out) / f"{k:05d}.ledger.json"
 
 
 def write_ledger(plan: Plan, k: int, facts: Iterable[Fact]) -> None:
@@ -191,22 +196,24 @@ def write_ledger(plan: Plan, k: int, facts: Iterable[Fact]) -> None:
             )
             line = {"key": fact.key, "reason": fact.reason, "detail": fact.detail}
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-    path = _ledger_path(plan, k)
-    write_bytes(path.with_suffix(".jsonl"), lines.getvalue().encode())
-    write_json(path, ledger.as_dict())
+    path, told = _ledger_path(plan, k), lines.getvalue().encode()
+    write_bytes(path.with_suffix(".jsonl"), told)
+    write_held(path, {"ledger": ledger.as_dict(), "lines": zlib.crc32(told)})
 
 
 def _write_summary(plan: Plan) -> dict[str, Any]:
     """Merge the ledgers of all shards into those of the set, and a page; returns the counts."""
     paths = [_ledger_path(plan, k) for k in range(len(plan.shards))]
-    summary = ledgers.merge(json.loads(path.read_text("utf-8")) for path in paths)
+    summary = ledgers.merge(read_held(path)["ledger"] for path in paths)
     summary["near_duplicates"] = read_merged(plan)["near"]
     temporary = plan.out / f".rejects.jsonl.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
             for path in paths:
-                with open(path.with_suffix(".jsonl"), "rb") as lines:
-                    shutil.copyfileobj(lines, file)
+                lines = path.with_suffix(".jsonl").read_bytes()
+                if zlib.crc32(lines) != read_held(path)["lines"]:
+                    raise InputError(f"{path.stem}.jsonl in {path.parent} is damaged: {AFRESH}")
+                file.write(lines)
         os.replace(temporary, plan.out / "rejects.jsonl")
     finally:
         temporary.unlink(missing_ok=True)
@@ -221,12 +228,26 @@ def _write_summary(plan: Plan) -> dict[str, Any]:
 def finish(plan: Plan) -> dict[str, Any]:
     """Ledger, report and manifest of a set whose shards are all there; returns the ledger."""
     summary = _write_summary(plan)
+    _hold_to_ledgers(plan)
     if plan.settings.bytes == "reference":
         uris = [source.open().place.uri for source in plan.where]
         write_json(plan.out / "sources.json", uris)
     write_manifest(plan.out, "pairs", len(plan.shards), made_of(plan))
-    shutil.rmtree(plan.out / "facts", ignore_errors=True)
+    shutil.rmtree(facts_folder(plan.out), ignore_errors=True)
     return summary
+
+
+def _hold_to_ledgers(plan: Plan) -> None:
+    """Stop where a shard's record has another number of rows than its ledger."""
+    for k in range(len(plan.shards)):
+        sidecar = read_json((plan.out / shard_name(k)).with_suffix(".json"))
+        ledger = read_held(_ledger_path(plan, k))["ledger"]
+        for name, wanted in (("rows", ledger["rows_out"]), ("val_rows", ledger["val_rows"])):
+            if sidecar.get(name) != wanted:
+                raise InputError(
+                    f"{plan.out}/{shard_name(k)} has {name} {sidecar.get(name)!r} in its record, "
+                    f"{wanted} were written: delete the record, and a new start makes it again"
+                )
 
 
 # ---- the job
@@ -254,6 +275,7 @@ def ingest(job: Job, team: Team, only_inspect: bool = False) -> dict[str, Any] |
     if _is_finished(plan):
         return _same_set(plan) if team.launch.rank == 0 else None
     if not plan.shards:
+        shutil.rmtree(plan.out / "plan", ignore_errors=True)  # the next try may find some
         raise InputError(f"no picture and no caption in {', '.join(plan.names)}: {PAIRS}")
     try:
         summary = _make(job, team, only_inspect)
@@ -366,8 +388,7 @@ def _refuse_nothing(plan: Plan) -> None:
     for k in range(len(plan.shards)):
         write_ledger(plan, k, _with_drops(plan, k))
     summary = _write_summary(plan)
-    for folder in ("plan", "facts"):
-        shutil.rmtree(plan.out / folder, ignore_errors=True)
+    shutil.rmtree(plan.out / "plan", ignore_errors=True)
     names = ", ".join(plan.names)
     if summary["rows_in"] == 0:
         raise InputError(f"no picture and no caption in {names}: {PAIRS}")
@@ -381,7 +402,7 @@ def _refuse_nothing(plan: Plan) -> None:
 def _same_set(plan: Plan) -> dict[str, Any]:
     """The ledger of a finished set, if it is the one asked for and its sources are as they were."""
     out = plan.out
-    shutil.rmtree(out / "facts", ignore_errors=True)
+    shutil.rmtree(facts_folder(out), ignore_errors=True)
     if read_json(out / "manifest.json").get("made_of") != made_of(plan):
         raise InputError(f"{out} holds another set: name another folder or delete it")
     if not is_up_to_date(plan):

@@ -54,12 +54,25 @@ def train(captions: Iterator[str], vocab: int) -> bytes:
         InputError: no text, or a vocabulary without room for the bytes and characters.
     """
     model = io.BytesIO()
-    lines = (caption.replace(_RESERVED, " ") for caption in captions)
+    problems: list[BaseException] = []
+
+    def read() -> Iterator[str]:
+        # the library makes another error of what is raised here
+        try:
+            for caption in captions:
+                yield caption.replace(_RESERVED, " ")
+        except BaseException as error:
+            problems.append(error)
+            raise
+
+    lines = read()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines, model_writer=model, vocab_size=vocab, minloglevel=2, **TRAINER
         )
     except RuntimeError as error:
+        if problems:
+            raise problems[0] from error
         if match := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
             raise InputError(
                 f"a vocabulary of {vocab} is too small: 256 bytes, <unk> and the characters of "

@@ -145,13 +145,17 @@ def check_ledger(reader: ShardReader) -> dict[str, Any] | None:
     try:
         ledger: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         rows_in, rows_out = ledger["rows_in"], ledger["rows_out"]
-        rejects = sum(ledger["rejects"].values())
+        rejects, val_rows = sum(ledger["rejects"].values()), ledger["val_rows"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} lacks or garbles {error}: ingest again") from error
     if rows_out != len(reader) or rows_in != rows_out + rejects:
         raise InputError(
             f"{path} counts {rows_in} rows in, {rejects} rejects and {rows_out} rows out, "
             f"the set has {len(reader)}: ingest again"
+        )
+    if val_rows != (found := sum(shard["val_rows"] for shard in reader.manifest["shards"])):
+        raise InputError(
+            f"{path} counts {val_rows} rows for validation, the shards have {found}: ingest again"
         )
     return ledger
 

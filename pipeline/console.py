@@ -140,7 +140,7 @@ def command(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         if is_first_rank() or isinstance(error, OwnError):
-            sys.stderr.write(f"error: {error}\n")
+            _say(str(error))
         else:
             # the launcher ends all ranks with the first that leaves: let the one that speaks be it
             time.sleep(SECONDS_TO_SPEAK)
@@ -156,11 +156,17 @@ def command(main: Callable[[], None]) -> None:
             way_out = f"{need} and start again: what is committed stays"
         # libraries put words of their own around the system's
         said = os.strerror(error.errno) if is_full and error.errno else error.strerror
-        sys.stderr.write(f"error: {where}{said}; {way_out}\n")
+        _say(f"{where}{said}; {way_out}")
         _end(2)
     except KeyboardInterrupt:
         sys.stderr.write("stopped by the keyboard\n")
         _end(130)
+
+
+def _say(sentence: str) -> None:
+    """One line, whatever the names in it hold: nothing that moves a terminal."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
+    sys.stderr.write(f"error: {shown}\n")
 
 
 def _end(code: int) -> None:

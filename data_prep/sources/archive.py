@@ -30,7 +30,8 @@ from pipeline.data.places import FileProblem, Place
 
 JSON_LIMIT = 1 << 20  # bytes of what a downloader says of one picture
 TAR_BLOCK = 512
-TAR_RECORD = 10_240  # archives are padded to this
+# archives are padded to 20 blocks, by some programs to 128; two blocks of zeros are their end
+MAX_PADDING = (128 + 2) * TAR_BLOCK
 
 
 class ArchiveSource(Source):
@@ -76,7 +77,11 @@ def _members(archive: IO[bytes], unit: str) -> Iterator[Part]:
     try:
         with tarfile.open(fileobj=archive, mode="r:", errors="surrogateescape") as tar:
             file_size = os.fstat(archive.fileno()).st_size
+            last = -1
             while (info := tar.next()) is not None:
+                if tar.offset <= last:  # a negative size: tarfile would read the same for ever
+                    raise tarfile.ReadError(f"the header at byte {info.offset} leads backwards")
+                last = tar.offset
                 if member := _member(info, prefix, tar.offset - info.offset, file_size):
                     members.append(member)
                 tar.members.clear()  # type: ignore[attr-defined]  # it remembers them all
@@ -124,13 +129,18 @@ def _look_behind(archive: IO[bytes], end: int) -> tuple[str | None, str]:
     ``tarfile`` takes a damaged header, and the end of the file, for the end of the archive.
     """
     archive.seek(end)
-    behind = archive.read(TAR_RECORD + TAR_BLOCK)
+    behind = archive.read(TAR_BLOCK)
     if len(behind) < TAR_BLOCK:
         return "truncated archive", "the file ends without an end marker"
-    if any(behind[:TAR_BLOCK]):
-        return "damaged archive", f"no header can be read at byte {end}"
     if any(behind):
-        return "damaged archive", f"more follows its end at byte {end}: joined archives?"
+        return "damaged archive", f"no header can be read at byte {end}"
+    n_zeros = TAR_BLOCK
+    while behind := archive.read(1 << 20):
+        if behind.count(0) < len(behind):
+            return "damaged archive", f"more follows its end at byte {end}: joined archives?"
+        n_zeros += len(behind)
+    if n_zeros > MAX_PADDING:
+        return "truncated archive", f"it ends in {n_zeros} zeros: was it downloaded whole?"
     return None, ""
 
 

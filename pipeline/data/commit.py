@@ -6,6 +6,7 @@ A process that is killed at any point leaves the set without the shard, never wi
 import contextlib
 import json
 import os
+import re
 import uuid
 import zlib
 from collections.abc import Iterable
@@ -32,6 +33,11 @@ from pipeline.files import filling, json_bytes, write_bytes, write_json
 # of a record batch, at most and about: a reader checks a whole one when it first wants a row of it
 BATCH_ROWS = 2048
 BATCH_BYTES = 16 << 20  # of images
+# files of a set that somebody was writing
+LEFT_BEHIND = re.compile(
+    r"\.(shard-\d{5,}\.(arrow|json)|(manifest|rejects|sources)\.json|rejects\.jsonl|report\.html)"
+    r"\.[0-9a-f]+\.tmp"
+)
 
 
 class ShardFile:
@@ -311,7 +317,7 @@ def is_committed(
     if not sidecar_path.exists():
         return False
     sidecar = read_json(sidecar_path)
-    if not {"made_of", *ENTRY} <= set(sidecar):
+    if not {"kind", "made_of", *ENTRY} <= set(sidecar) or not _fits(sidecar):
         raise InputError(
             f"{sidecar_path} describes no shard: delete it, and this run makes it again"
         )
@@ -323,6 +329,12 @@ def is_committed(
             )
     is_whole = path.is_file() and path.stat().st_size == sidecar["bytes"]
     return bool(is_whole and n_rows in (None, sidecar["rows"]))
+
+
+def _fits(sidecar: dict[str, Any]) -> bool:
+    """Whether the values of a sidecar are of their types."""
+    kinds = {"made_of": dict, **ENTRY}
+    return all(type(sidecar[name]) is kind for name, kind in kinds.items())
 
 
 def write_manifest(
@@ -352,6 +364,6 @@ def write_manifest(
     write_json(folder / "manifest.json", manifest)
     # what jobs that were killed left behind; one that still writes a shard writes it for nothing
     for path in folder.glob(".*.tmp"):
-        if path.is_file():
+        if LEFT_BEHIND.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
     return manifest

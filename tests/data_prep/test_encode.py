@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import os
 import shutil
@@ -253,6 +254,16 @@ def test_a_folder_of_other_tokens_is_refused(inputs, whole):
         encode(inputs, inputs / "pairs")
     assert files(whole) == before
     assert files(inputs / "pairs") == pairs
+
+
+@pytest.mark.parametrize("what", ["dvae", "data"])
+def test_a_folder_that_is_exchanged_while_the_job_runs_stops_it(inputs, tmp_path, what):
+    write_pairs(tmp_path / "data", [picture(i) for i in range(3)])
+    other = {"dvae": inputs / "other", "data": tmp_path / "data"}[what]
+    exchanged = dataclasses.replace(make_job(inputs, tmp_path), **{what: other})
+    with pytest.raises(InputError, match=r"has fingerprint \w+, this run began with \w+: put the"):
+        job.process_shard(exchanged, 0)
+    assert not list(tmp_path.glob("shard-*"))
 
 
 def test_a_picture_that_is_too_small_is_named(inputs, tmp_path):

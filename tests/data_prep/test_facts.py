@@ -1,6 +1,5 @@
 """Rows that repeat others: against a walk through all rows in order."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +7,15 @@ import pytest
 
 from data_prep import facts as facts_module
 from data_prep.check import Fact
-from data_prep.facts import drops_path, facts_path, merge, read_drops, read_facts, write_facts
+from data_prep.facts import (
+    drops_path,
+    facts_path,
+    merge,
+    read_drops,
+    read_facts,
+    read_merged,
+    write_facts,
+)
 from data_prep.hashes import is_telling
 from data_prep.plan import Plan, Settings
 from pipeline.console import InputError
@@ -89,7 +96,7 @@ def test_the_first_of_equal_rows_stays(tmp_path, monkeypatch, part, duplicates, 
     shared = [h for h in set(hashes) if hashes.count(h) > 1]
     near = {"rows": sum(map(hashes.count, shared)), "pictures": len(shared)}
     assert summary["near"] == ({} if near_duplicates == "off" else near)
-    assert json.loads(drops_path(tmp_path).read_text()) == summary
+    assert read_merged(plan) == summary
 
 
 def test_facts_come_back_as_they_were(tmp_path):
@@ -119,9 +126,35 @@ def test_damage_is_a_sentence(tmp_path):
     with pytest.raises(InputError, match=r"damaged \(its crc32 is another\)"):
         list(read_facts(tmp_path, 0))
     facts_path(tmp_path, 0).write_bytes(whole)
-    facts_path(tmp_path, 0).with_suffix(".npy").write_bytes(b"")
-    with pytest.raises(InputError, match=r"00000\.npy is missing or damaged"):
-        merge(plan)
+    path = facts_path(tmp_path, 0).with_suffix(".npy")
+    hashes = path.read_bytes()
+    for damage in (
+        b"",
+        hashes[:-1] + bytes([hashes[-1] ^ 1]),
+        hashes[:200] + bytes(len(hashes) - 200),
+    ):
+        path.write_bytes(damage)
+        with pytest.raises(InputError, match=r"00000\.npy is missing or damaged"):
+            merge(plan)
+
+
+def test_damage_to_a_drop_list_is_a_sentence(tmp_path):
+    plan = plan_of(tmp_path, 2)
+    for k in range(2):
+        write_facts(tmp_path, k, [Fact("a", image_sha=bytes(16)), Fact("b", image_sha=bytes(16))])
+    merge(plan)
+    drops, merged = drops_path(tmp_path, 1), drops_path(tmp_path)
+    assert sorted(read_drops(plan, 1)) == [0, 1]
+    for path in (drops, merged):
+        whole = path.read_text()
+        for damage in (whole.replace("1", "0", 1), "{}", "[5]", "{", "[" * 100_000):
+            path.write_text(damage)
+            with pytest.raises(InputError, match=rf"{path.name} is missing or damaged"):
+                read_drops(plan, 1)
+        path.write_text(whole)
+    drops.unlink()
+    with pytest.raises(InputError, match=r"00001\.drops\.json is missing or damaged"):
+        read_drops(plan, 1)
 
 
 def test_a_drop_list_of_another_plan_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -495,6 +496,86 @@ def test_a_file_that_is_edited_between_two_shards_stops_the_job(tmp_path, monkey
     make([root], tmp_path / "out", **settings)
     make([root], tmp_path / "undisturbed", **settings)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "undisturbed")
+
+
+def test_files_of_others_in_the_folder_of_the_set_stay(tmp_path):
+    root = small_set(tmp_path / "in")
+    others = {
+        path: path.relative_to(root).as_posix().encode()
+        for path in (root / "facts/thesis.txt", root / ".notes.tmp", root / ".a.shard.12.tmp")
+    }
+    write_pair(root, "facts/cat", "png", PNG, b"a cat")
+    for path, content in others.items():
+        path.write_bytes(content)
+    summary = make([root], root)
+    assert summary["rows_out"] == 7
+    assert {path: path.read_bytes() for path in others} == others
+    assert (root / "facts/cat.png").read_bytes() == PNG
+    assert not (root / "plan/facts").exists()
+
+
+def test_facts_go_with_their_plan(tmp_path):
+    root, out = small_set(tmp_path / "in"), tmp_path / "out"
+    plan = make_plan([Where(str(root))], Settings(filters=Filters(image_size=999)), out)
+    facts_module.inspect_shard(Job(plan), 0)
+    facts_module.merge(plan)
+    shutil.rmtree(out / "plan")
+    assert make([root], out)["rows_out"] == 6
+
+
+def test_an_empty_source_that_fills_up_is_read(tmp_path):
+    root, out = tmp_path / "in", tmp_path / "out"
+    root.mkdir()
+    with pytest.raises(InputError, match="no picture and no caption"):
+        make([root], out)
+    small_set(root)
+    assert make([root], out)["rows_out"] == 6
+
+
+@pytest.mark.parametrize(
+    "change", [{"val_rows": 2}, {"rows": 3}, {"val_rows": "0"}, {"made_of": []}]
+)
+def test_a_record_that_is_changed_in_the_middle_of_a_job_stops_it(tmp_path, monkeypatch, change):
+    root, out = small_set(tmp_path / "in"), tmp_path / "out"
+
+    def stop(*args):
+        raise InputError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest_module, "finish", stop)
+        with pytest.raises(InputError, match="stopped"):
+            make([root], out, rows_per_shard=2)
+    path = out / "shard-00000.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | change))
+    words = "in its record, 0 were written|in its record, 2 were written|describes no shard: delete"
+    with pytest.raises(InputError, match=words):
+        make([root], out, rows_per_shard=2)
+    path.unlink()
+    make([root], out, rows_per_shard=2)
+    make([root], tmp_path / "calm", rows_per_shard=2)
+    assert bytes_of(out) == bytes_of(tmp_path / "calm")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *[("00001.ledger.json", damage) for damage in (b"", b"{}", b"[5]", b'{"crc32": 1}')],
+        ("00001.ledger.jsonl", b"x"),
+    ],
+)
+def test_a_damaged_ledger_of_a_shard_is_a_sentence(tmp_path, monkeypatch, name, damage):
+    root, out = small_set(tmp_path / "in"), tmp_path / "out"
+    write_pair(root, "bad", "png", b"", b"c")
+    finish = ingest_module.finish
+
+    def spoilt(plan):
+        (out / "plan/facts" / name).write_bytes(damage)
+        return finish(plan)
+
+    monkeypatch.setattr(ingest_module, "finish", spoilt)
+    with pytest.raises(InputError, match=rf"{name}.* is .*damaged.*: delete .*start again"):
+        make([root], out, rows_per_shard=2)
 
 
 def test_one_rank_tells_the_ledger(tmp_path):

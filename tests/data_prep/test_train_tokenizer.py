@@ -132,3 +132,14 @@ def test_vocabulary_of_a_preset():
         job.vocab_of("dvae_demo")
     with pytest.raises(InputError, match="no preset is called"):
         job.vocab_of("dalle_13b")
+
+
+@pytest.mark.parametrize("error", [InputError("shard 3 is damaged"), KeyboardInterrupt()])
+def test_what_the_captions_raise_is_raised(error):
+    def captions():
+        yield from ["a cat", "a dog"] * 50
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        job.train(captions(), 300)
+    assert caught.value is error

@@ -119,7 +119,9 @@ def test_damage_around_the_record_batches_is_told_from_damage_in_them(tmp_path):
 
 def test_command_says_what_the_set_was_made_of_and_what_does_not_belong(tmp_path):
     make(tmp_path, "pairs")
-    ledger = {"rows_in": 30, "rows_out": 25, "rejects": {"empty file": 3, "caption blank": 2}}
+    val = sum(shard["val_rows"] for shard in ShardReader(tmp_path).manifest["shards"])
+    ledger = {"rows_in": 30, "rows_out": 25, "val_rows": val}
+    ledger["rejects"] = {"empty file": 3, "caption blank": 2}
     (tmp_path / "rejects.json").write_text(json.dumps(ledger))
     (tmp_path / "plan").mkdir()
     for name in ("shard-00003.arrow", "shard-00003.json", ".shard-00004.arrow.12.tmp", "a.txt"):
@@ -191,15 +193,18 @@ def test_missing_and_mismatched_files_are_named(tmp_path):
     [
         ({"rows_in": 31, "rows_out": 25, "rejects": {"a": 5}}, "31 rows in, 5 rejects and 25 rows"),
         ({"rows_in": 29, "rows_out": 24, "rejects": {"a": 5}}, "24 rows out, the set has 25"),
+        ({"rows_in": 25, "rows_out": 25, "rejects": {}, "val_rows": 24}, "24 rows for validation"),
         ({"rows_in": 25, "rows_out": 25}, "garbles 'rejects'"),
         ({"rows_in": 25, "rows_out": 25, "rejects": []}, "garbles"),
         ([], "garbles"),
     ],
-    ids=["sum", "rows", "no-rejects", "list", "no-object"],
+    ids=["sum", "rows", "val-rows", "no-rejects", "list", "no-object"],
 )
 def test_a_ledger_that_does_not_add_up_is_found(tmp_path, ledger, words):
     make(tmp_path, "pairs")
     assert check_ledger(verify(tmp_path)) is None
+    if isinstance(ledger, dict):
+        ledger = {"val_rows": 3} | ledger
     (tmp_path / "rejects.json").write_text(json.dumps(ledger))
     with pytest.raises(InputError, match=words):
         verify(tmp_path)

@@ -96,7 +96,7 @@ def test_a_killed_job(tmp_path):
     out = tmp_path / "pairs"
     job = kills.start(kills.ingest(tmp_path / "in", out), 1)
     end = time.monotonic() + 120
-    while len(list((out / "facts").glob("*.arrow"))) < 2:
+    while len(list((out / "plan" / "facts").glob("*.arrow"))) < 2:
         assert time.monotonic() < end
         assert job.poll() is None
         time.sleep(0.01)
@@ -110,7 +110,7 @@ def test_a_killed_job(tmp_path):
         f"error: {out}/manifest.json cannot be read (No such file or directory): did the command "
         "that writes it finish?"
     )
-    n_done = len(list((out / "facts").glob("*.arrow")))
+    n_done = len(list((out / "plan" / "facts").glob("*.arrow")))
     again = run(*kills.ingest(tmp_path / "in", out), "--workers", "1")
     assert again.returncode == 0, again.stderr
     assert f"inspect: {n_done} of {n_shards} shards are done already" in again.stderr

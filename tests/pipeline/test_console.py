@@ -32,6 +32,12 @@ def test_an_input_error_is_one_sentence_and_exit_code_2(capsys):
     assert capsys.readouterr() == ("", "error: batch is 3; take 4\n")
 
 
+def test_names_that_move_a_terminal_are_shown(capsys):
+    with pytest.raises(SystemExit):
+        command(raises(InputError("no file a\nb\x1b[2J 犬")))
+    assert capsys.readouterr().err == "error: no file a\\nb\\x1b[2J 犬\n"
+
+
 def test_the_keyboard_ends_a_command_with_130(capsys):
     with pytest.raises(SystemExit) as ended:
         command(raises(KeyboardInterrupt()))

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import tarfile
@@ -188,3 +189,39 @@ def test_an_archive_that_cannot_be_opened_is_a_row(tmp_path, monkeypatch):
     (row,) = source.rows(piece)
     assert (row.key, row.problem) == ("x.tar", "file cannot be read")
     assert (row.detail, row.n_bytes) == ("Permission denied", 10240)
+
+
+def pairs_tar(path, names="abcdef"):
+    members = [(f"{n}.{kind}", n.encode() * 900) for n in names for kind in ("png", "txt")]
+    return make_tar(path, *members)
+
+
+def test_an_archive_that_goes_on_as_zeros_says_so(tmp_path):
+    archive = pairs_tar(tmp_path / "x.tar")
+    whole = archive.read_bytes()
+    # preallocated and not downloaded to its end; from the middle of a member, and from a header
+    for cut in (4000, 4096 + 2 * 1536):
+        archive.write_bytes(whole[:cut].ljust(1 << 20, b"\0"))
+        found = problems(archive)
+        assert found["x.tar"] == "truncated archive"
+        assert None in found.values()
+    # padded as other programs do it
+    archive.write_bytes(whole.ljust(len(whole) // 65_536 * 65_536 + 65_536, b"\0"))
+    assert problems(archive) == dict.fromkeys("abcdef")
+
+
+@pytest.mark.parametrize("gap", [0, 1024, 20 * 1024, 3 << 20])
+def test_what_follows_an_end_is_noticed_however_far_it_is(tmp_path, gap):
+    archive, other = pairs_tar(tmp_path / "x.tar", "abc"), pairs_tar(tmp_path / "y.tar", "def")
+    archive.write_bytes(archive.read_bytes() + bytes(gap) + other.read_bytes())
+    assert problems(archive)["x.tar"] == "damaged archive"
+
+
+def test_a_header_that_leads_backwards_ends(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("readme"))
+        info = tarfile.TarInfo("a.png")
+        info.size, info.pax_headers = 10, {"size": "-1536"}
+        tar.addfile(info, io.BytesIO(b"0123456789"))
+    assert problems(path)["x.tar"] == "not a tar archive"
