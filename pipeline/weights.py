@@ -14,6 +14,7 @@ import json
 import math
 import os
 import struct
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from pipeline import slices
 from pipeline.console import InputError
-from pipeline.files import filling, write_json
+from pipeline.files import filling, json_bytes, write_json
 
 Config = TypeVar("Config")
 
@@ -133,8 +134,12 @@ def save_weights(
         "files": files,
         "made_of": made_of,
     }
-    write_json(folder / "model.json", description)
+    write_json(folder / "model.json", description | {"crc32": _crc(description)})
     return fingerprint_of(files)
+
+
+def _crc(description: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json_bytes(description)):08x}"
 
 
 def _entry(value: Tensor | Entry) -> Entry:
@@ -221,15 +226,20 @@ def load_weights(folder: str | Path, kind: str) -> Artifact:
         )
     try:
         description = json.loads(described.read_text())
+        crc = description.pop("crc32", None)
         version, found_kind = description["schema_version"], description["kind"]
-        if not isinstance(version, int):
+        if type(version) is not int or version < 1:
             raise TypeError(f"schema_version is {version!r}")
+        if version == SCHEMA_VERSION and crc != _crc(description):
+            raise ValueError("it is not as it was written (crc32 differs)")
         # the first schema had one file
         files = {ONE_FILE: description["sha256"]} if version == 1 else description["files"]
         config, made_of = description["config"], description["made_of"]
         if not files or not all(isinstance(value, str) for pair in files.items() for value in pair):
             raise TypeError(f"files are {files!r}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not isinstance(config, dict) or not isinstance(made_of, dict):
+            raise TypeError("config and made_of are no objects")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{described} does not describe a model: {error}; export it again"
         ) from error

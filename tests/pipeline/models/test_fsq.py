@@ -1,9 +1,11 @@
 import itertools
+import json
 import math
 
 import pytest
 import torch
 
+from pipeline import weights
 from pipeline.config import DvaeConfig, FsqConfig
 from pipeline.console import InputError
 from pipeline.models.dvae import (
@@ -228,6 +230,8 @@ def test_a_folder_with_other_levels_is_refused(tmp_path, old, new, sentence):
     path = tmp_path / "model.json"
     text = path.read_text()
     assert old in text
-    path.write_text(text.replace(old, new, 1))
+    description = json.loads(text.replace(old, new, 1))
+    del description["crc32"]
+    path.write_text(json.dumps(description | {"crc32": weights._crc(description)}))
     with pytest.raises(InputError, match=sentence):
         load_dvae(tmp_path)
