@@ -8,55 +8,19 @@ that it takes, whatever the model.
 """
 
 import argparse
-import math
 import resource
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline import slices, weights
 from pipeline.console import InputError, a_path, command, logger
-from pipeline.weights import Entry
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 log = logger("export")
-
-
-def export(
-    folder: Path,
-    meta: dict[str, Any],
-    out: Path,
-    *,
-    key: str = "ema",
-    dtype: torch.dtype = torch.float32,
-    file_bytes: int = weights.FILE_BYTES,
-) -> str:
-    """Write the weights of a checkpoint; returns their fingerprint.
-
-    Args:
-        folder: the checkpoint.
-        meta: its description.
-        out: made when missing.
-        key: "ema", the average, or "weight", as the last update left them.
-        dtype: of what is written.
-        file_bytes: of one file, about.
-    """
-    source = slices.open_slices(folder, meta)
-
-    def entry(name: str, shape: list[int]) -> Entry:
-        def read() -> Tensor:
-            flat = source.read(name, key, 0, math.prod(shape))
-            return flat.view(shape).to(dtype)
-
-        return Entry(dtype, tuple(shape), read)
-
-    config, made_of = weights.describe(meta)
-    entries = {name: entry(name, shape) for name, shape in meta["shapes"].items()}
-    return weights.save_weights(out, meta["kind"], config, entries, made_of, file_bytes)
 
 
 def chosen(run: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
@@ -102,7 +66,7 @@ def main() -> None:
         raise InputError(
             f"{folder} was saved before the first update, without an average: add --raw"
         )
-    fingerprint = export(
+    fingerprint = weights.export(
         folder, meta, args.out, key=key, dtype=DTYPES[args.dtype],
         file_bytes=int(args.file_gib * 2**30),
     )  # fmt: skip

@@ -294,3 +294,36 @@ def describe(meta: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     identity = dict(meta["identity"])
     config: dict[str, Any] = identity.pop("preset")["model"]
     return config, identity | {"updates": meta["updates"]}
+
+
+def export(
+    folder: Path,
+    meta: dict[str, Any],
+    out: Path,
+    *,
+    key: str = "ema",
+    dtype: torch.dtype = torch.float32,
+    file_bytes: int = FILE_BYTES,
+) -> str:
+    """Write the weights of a checkpoint; returns their fingerprint.
+
+    Args:
+        folder: the checkpoint.
+        meta: its description.
+        out: made when missing.
+        key: "ema", the average, or "weight", as the last update left them.
+        dtype: of what is written.
+        file_bytes: of one file, about.
+    """
+    source = slices.open_slices(folder, meta)
+
+    def entry(name: str, shape: list[int]) -> Entry:
+        def read() -> Tensor:
+            flat = source.read(name, key, 0, math.prod(shape))
+            return flat.view(shape).to(dtype)
+
+        return Entry(dtype, tuple(shape), read)
+
+    config, made_of = describe(meta)
+    entries = {name: entry(name, shape) for name, shape in meta["shapes"].items()}
+    return save_weights(out, meta["kind"], config, entries, made_of, file_bytes)

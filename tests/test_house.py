@@ -18,7 +18,7 @@ ALLOWED = {
 FLOORS = [
     "console files plugin",
     "config",
-    "presets weights",
+    "presets slices weights",
     "data models",
     "training generation evaluation",
 ]

@@ -17,13 +17,13 @@ from pipeline import slices
 from pipeline.config import DalleRun, DvaeRun, as_dict
 from pipeline.console import InputError, OwnError, logger
 from pipeline.data.loader import prefetch
-from pipeline.export import export
 from pipeline.files import write_json
 from pipeline.training import checkpoint
 from pipeline.training.engine import Engine
 from pipeline.training.guard import BACK, GO, Guard, looking_for_bad_numbers
 from pipeline.training.telemetry import Telemetry
 from pipeline.training.watch import LEFT, Watch
+from pipeline.weights import export
 
 Batch = TypeVar("Batch")
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from pipeline.console import InputError
-from pipeline.export import chosen, export
+from pipeline.export import chosen
 from pipeline.models.dalle import load_dalle
 from pipeline.train_dalle import DalleStage
-from pipeline.weights import load_weights
+from pipeline.weights import export, load_weights
 from tests import tiny as runs
 from tests.tiny import start, train, whole
 
