@@ -1,14 +1,11 @@
 """What training the transformer holds on a GPU and on its host, counted before it is started.
 
-All of the arithmetic is here: of model states from DeepSpeed 0.19.8's source, of activations from
-what autograd keeps of ``pipeline.models.dalle``. Tests hold the first against real shards and the
-second against a real backward pass.
+Model states and buffers are counted from DeepSpeed 0.19.8's source, and tests hold them against
+real shards; what autograd keeps is in ``activations``.
 
 Memory peaks at one of four moments. ``loss``: all that the backward pass needs is kept, and the
 logits are there. ``mlp``, ``attention``: the backward pass is in the last block. ``step``:
 activations are gone, the optimizer works.
-
-Letters: C model width, N tokens of a sample, H heads, W ranks; c bytes of a number of the matrices.
 """
 
 from collections.abc import Iterator
@@ -18,13 +15,12 @@ from typing import Any, Literal
 
 import torch
 
-from kernels import Pattern
-from kernels.attention.windowed import plan_for
 from kernels.tiles import WIDTHS
 from pipeline.config import DalleConfig, DalleRun
 from pipeline.console import InputError
 from pipeline.models.dalle import Dalle, layer_patterns
 from pipeline.training import ds_config
+from pipeline.training.activations import FLOAT32, block_bytes, heads_bytes, kept_bytes
 from pipeline.training.optimizer import parameter_groups
 
 Moment = Literal["loss", "mlp", "attention", "step"]
@@ -35,7 +31,6 @@ ATTENTION = ("triton", "windowed")
 GIB = 2**30
 # the libraries' own on a GPU: NCCL takes 1 to 2 GiB, CUDA's context half a one (an assumption)
 RESERVE = 2 * GIB
-FLOAT32 = 4
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # defaults of DeepSpeed 0.19.8 (runtime/zero/config.py), for what a ds_config leaves out
 ZERO_DEFAULTS = {
@@ -272,9 +267,7 @@ def _largest_sub_group(sizes: list[int], bound: int) -> int:
     return largest
 
 
-def _states(
-    run: DalleRun, ds: dict[str, Any], shards: Shards, numbers: _Numbers
-) -> Iterator[Part]:
+def _states(run: DalleRun, ds: dict[str, Any], shards: Shards, numbers: _Numbers) -> Iterator[Part]:
     """Parameters, masters, gradients, moments, average: each rank's share."""
     own = shards.own
     moment = BYTES[run.optimizer.moment_dtype]
@@ -295,9 +288,7 @@ def _states(
         yield Part("gradients of the masters", FLOAT32 * own, is_certain=True, on_host=True)
 
 
-def _buffers(
-    ds: dict[str, Any], world: int, shards: Shards, numbers: _Numbers
-) -> Iterator[Part]:
+def _buffers(ds: dict[str, Any], world: int, shards: Shards, numbers: _Numbers) -> Iterator[Part]:
     """What ZeRO-3 gathers, sends and keeps whole."""
     size = numbers.parameter
     yield Part("small parameters, kept whole", size * shards.persistent, is_certain=True)
@@ -316,81 +307,6 @@ def _buffers(
     # reduce_scatter_coalesced puts the shares of a bucket in the order of the ranks
     copied = max(min(bucket, shards.block), shards.largest)
     yield Part("copy for the reduction", numbers.sent * copied, ("mlp", "attention"))
-
-
-def attention_bytes(model: DalleConfig, pattern: Pattern, c: int, path: str) -> tuple[int, int]:
-    """(kept for the backward pass, most that is needed besides) of one sample's attention.
-
-    From the packed projection to what the projection out reads, both counted.
-    """
-    N, C, H = model.n_ctx, model.d_model, model.n_head
-    kept = N * 4 * C * c  # q, k, v and the output
-    if model.qk_norm:
-        # float32 of queries and keys, or views that keep all of the first projection; their
-        # moments for the backward pass
-        kept += N * (2 * C * FLOAT32 if c < FLOAT32 else 3 * C * FLOAT32) + N * 2 * H * 2 * FLOAT32
-    if path == "triton":
-        # kept: the log of the softmax's sum. Besides: as much again for rows of o * do, and the
-        # gradient of the packed projection, with that of the output
-        return kept + N * H * FLOAT32, N * H * FLOAT32 + N * 4 * C * c
-    plan = plan_for(pattern)
-    assert plan is not None, "the layers of the model have windows"
-    n = H * (plan.n_text**2 + (N - plan.n_text) * (plan.n_text + plan.window))
-    if plan.n_text == 0:
-        kept += N * 3 * C * c  # a view of no text keeps what q, k and v were copied from
-    # kept: the weights. Besides: scores, scores side by side, and their softmax, in float32
-    return kept + n * c, 3 * n * FLOAT32
-
-
-def block_bytes(
-    model: DalleConfig, pattern: Pattern, c: int, path: str
-) -> tuple[int, int, int, int]:
-    """Of one sample in one block, bytes.
-
-    Returns:
-        (kept of the attention, besides; kept of the MLP, besides), where "kept" is what autograd
-        keeps for the backward pass without recomputation and "besides" the most that the pass
-        needs on top of it.
-    """
-    N, C = model.n_ctx, model.d_model
-    # LayerNorm keeps its input, which is the residual stream in float32, a mean and a deviation;
-    # the projection after it keeps its input
-    entrance = N * (C * FLOAT32 + 2 * FLOAT32 + C * c)
-    kept, besides = attention_bytes(model, pattern, c, path)
-    # the projection up, its sigmoid, their product
-    mlp = N * 12 * C * c
-    # gradients: of the stream in float32; of the product, of its two factors
-    return entrance + kept, besides, entrance + mlp, N * (C * FLOAT32 + 12 * C * c)
-
-
-def kept_bytes(
-    model: DalleConfig, c: int, path: str, recompute: bool, *, copies_weights: bool = False
-) -> tuple[int, int]:
-    """What autograd keeps between the passes: bytes (of each sample, of each micro-batch).
-
-    Args:
-        model: the model.
-        c: bytes of a number of the matrices.
-        path: of attention.
-        recompute: whether of a block only its input is kept.
-        copies_weights: whether matrices are computed in another type than they are stored in.
-    """
-    N, C = model.n_ctx, model.d_model
-    patterns = layer_patterns(model)
-    # the last LayerNorm, and what the heads read
-    end = N * (C * FLOAT32 + 2 * FLOAT32 + C * FLOAT32)
-    if recompute:
-        return len(patterns) * N * C * FLOAT32 + end, 0
-    blocks = 0
-    for pattern in patterns:
-        attention, _, mlp, _ = block_bytes(model, pattern, c, path)
-        blocks += attention + mlp
-    return blocks + end, model.matrix_parameters * c if copies_weights else 0
-
-
-def heads_bytes(model: DalleConfig) -> int:
-    """The weights of both heads in float32."""
-    return (model.n_text_vocab + model.n_image_vocab) * model.d_model * FLOAT32
 
 
 def _activations(
@@ -480,9 +396,7 @@ def preflight(
         f"{_gib(kept)} of activations at micro-batch {found.micro_batch}, and "
         f"{_gib(found.certain - kept)} of model states and buffers on {world} GPUs"
     )
-    micro = largest_micro_batch(
-        run, ds, world, free_bytes, attention=attention, only_certain=True
-    )
+    micro = largest_micro_batch(run, ds, world, free_bytes, attention=attention, only_certain=True)
     if micro is not None:
         return f'{said}; set "train_micro_batch_size_per_gpu" to {micro} or less'
     return (
