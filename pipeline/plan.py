@@ -90,8 +90,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     for part in found.parts:
         if part.on_host:
             continue
-        size = f"{part.n_bytes / GIB:.2f}"
-        row = "".join(f"{size if moment in part.moments else '':>11}" for moment in MOMENTS)
+        said = f"{part.n_bytes / GIB:.2f}"
+        row = "".join(f"{said if moment in part.moments else '':>11}" for moment in MOMENTS)
         yield f"  {part.name:32}{row}"
     sums = "".join(f"{found.at(moment) / GIB:>11.2f}" for moment in MOMENTS)
     yield f"  {'sum':32}{sums}"
@@ -113,6 +113,9 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"{'':34}{'micro-step':>11}{'update':>11}"
     each = f"{sent / 1e9:>11.1f}{plan.traffic.sent / 1e9:>11.1f}"
     yield f"  {'sent by each GPU, GB':32}{each}"
+    if plan.traffic.in_node:
+        inside = f"{plan.traffic.in_node / found.accumulation / 1e9:>11.1f}"
+        yield f"  {'of that, inside the node, GB':32}{inside}{plan.traffic.in_node / 1e9:>11.1f}"
     for name, seconds in (("sending", plan.traffic.seconds), ("computing", plan.work.seconds)):
         yield f"  {name + ', s':32}{seconds * micro_s:>11.2f}{seconds:>11.2f}"
     yield (
