@@ -5,6 +5,7 @@ python -m pipeline.plan --preset dalle_12b --deepspeed_config ds_configs/zero3_1
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -163,6 +164,8 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="all figures as one JSON object")
     args = parser.parse_args()
+    # it says on standard output that it finds no GPU, which a plan does not need
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     run = presets.load(args.preset)
     if not isinstance(run, DalleRun):
         raise InputError(f"{args.preset} trains the dVAE; take a dalle preset")
