@@ -10,6 +10,7 @@ import os
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
 from pipeline import presets
 from pipeline.config import DalleConfig
@@ -17,7 +18,8 @@ from pipeline.console import InputError
 from pipeline.training import ds_config
 from pipeline.training.forecast import Machine, make_plan
 from pipeline.training.memory import GIB, estimate
-from tests.tiny import ROOT, start
+from tests import tiny as runs
+from tests.tiny import ROOT, arguments, launched, start
 
 WORLD, ACCUMULATION, UPDATES = 16, 2, 3
 # a block is less than what may be live and what prefetching reaches, as in the 12B model
@@ -213,6 +215,21 @@ def test_disk_and_host_of_the_12b_model():
         run, optimizer=dataclasses.replace(run.optimizer, moment_dtype="bfloat16")
     )
     assert make_plan(half, ds, Machine(64)).checkpoint_bytes == 12 * n
+
+
+@pytest.mark.dist
+def test_a_checkpoint_of_two_ranks_is_as_large_as_planned(tiny, tmp_path):
+    preset, name = "dalle_short_with_one_head", ROOT / "ds_configs/zero3_cpu.json"
+    options = arguments("dalle", tiny, tmp_path / "out", preset)
+    done = launched("dalle", 2, name, *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    folders = sorted((tmp_path / "out/checkpoints").iterdir())
+    assert len(folders) == 1
+    parts = [load_file(path) for path in folders[0].glob("rank-*.safetensors")]
+    run = presets.load(f"{runs.__file__}:{preset}")
+    plan = make_plan(run, file(name.name), Machine(2))
+    assert len(parts) == 2
+    assert sum(t.nbytes for part in parts for t in part.values()) == plan.checkpoint_bytes
 
 
 def test_nothing_is_changed_where_it_fits():
