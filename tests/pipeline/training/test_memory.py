@@ -241,6 +241,15 @@ def test_recipes_with_a_bounded_variance_or_16_bit_moments_need_copies_in_an_upd
     assert copies(max_exp_avg_sq=5.0, moment_dtype="bfloat16") == 16
 
 
+def test_z_loss_keeps_the_logits_too():
+    run, ds = presets.dalle_12b(), file("zero3_12b.json")
+    text, image = 8 * 256 * 16_384 * 4, 8 * 1024 * 8_192 * 4
+    found = estimate(run, ds, 64)
+    assert found.of("logits") == text + image + 2 * image
+    found = estimate(dataclasses.replace(run, z_loss=1e-5), ds, 64)
+    assert found.of("logits") == 2 * (text + image) + 2 * image
+
+
 @pytest.mark.parametrize(
     ("sizes", "bound", "largest"),
     [([5, 5, 5], 100, 15), ([5, 5, 5], 10, 10), ([5, 5, 5], 4, 5), ([1, 9, 3, 3], 10, 10)],
