@@ -32,14 +32,6 @@ GIB = 2**30
 # the libraries' own on a GPU: NCCL takes 1 to 2 GiB, CUDA's context half a one (an assumption)
 RESERVE = 2 * GIB
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# defaults of DeepSpeed 0.19.8 (runtime/zero/config.py), for what a ds_config leaves out
-ZERO_DEFAULTS = {
-    "reduce_bucket_size": 500_000_000,
-    "stage3_param_persistence_threshold": 100_000,
-    "stage3_max_live_parameters": 1_000_000_000,
-    "sub_group_size": 1_000_000_000,
-    "zero_hpz_partition_size": 1,
-}
 
 
 @dataclass(frozen=True)
@@ -203,14 +195,17 @@ class _Numbers:
         )
 
 
-def _zero(ds: dict[str, Any], key: str) -> int:
-    value = ds["zero_optimization"].get(key)
-    return int(ZERO_DEFAULTS[key] if value is None else value)
+def _zero(ds: dict[str, Any]) -> Any:
+    """The section of ZeRO with DeepSpeed's names and defaults."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return DeepSpeedZeroConfig(**ds["zero_optimization"])
 
 
 def _offloads(ds: dict[str, Any], what: str) -> bool:
     """Whether ``what`` ("optimizer", "param") lies on the host."""
-    device = (ds["zero_optimization"].get(f"offload_{what}") or {}).get("device", "none")
+    section = getattr(_zero(ds), f"offload_{what}")
+    device = "none" if section is None else section.device
     if device == "nvme":
         raise InputError(
             f"zero_optimization.offload_{what}.device is 'nvme', which is not planned here: take "
@@ -230,13 +225,14 @@ def count_shards(run: DalleRun, ds: dict[str, Any], world: int) -> Shards:
     """What ``world`` ranks share, as ``zero.Init`` and stage3.py of DeepSpeed 0.19.8 cut it."""
     model = _model(run.model)
     sizes = [p.numel() for p in model.parameters()]
-    in_node = _zero(ds, "zero_hpz_partition_size")
+    zero = _zero(ds)
+    in_node = zero.zero_hpz_partition_size
     if in_node > 1 and world % in_node:
         raise InputError(
             f"zero_optimization.zero_hpz_partition_size is {in_node}, which does not divide "
             f"{world} GPUs; take a number that does, the GPUs of a node"
         )
-    threshold = _zero(ds, "stage3_param_persistence_threshold")
+    threshold = zero.param_persistence_threshold
     by_block = ds_config.compute_dtype_name(ds) == "float16"  # which has gradient scales
     groups = parameter_groups(model, run.optimizer, by_block=by_block)
     return Shards(
@@ -249,7 +245,7 @@ def count_shards(run: DalleRun, ds: dict[str, Any], world: int) -> Shards:
         largest=max(sizes),
         sub_group=max(
             _largest_sub_group(
-                [-(-p.numel() // world) for p in group["params"]], _zero(ds, "sub_group_size")
+                [-(-p.numel() // world) for p in group["params"]], zero.sub_group_size
             )
             for group in groups
         ),
@@ -290,15 +286,15 @@ def _states(run: DalleRun, ds: dict[str, Any], shards: Shards, numbers: _Numbers
 
 def _buffers(ds: dict[str, Any], world: int, shards: Shards, numbers: _Numbers) -> Iterator[Part]:
     """What ZeRO-3 gathers, sends and keeps whole."""
-    size = numbers.parameter
+    size, zero = numbers.parameter, _zero(ds)
     yield Part("small parameters, kept whole", size * shards.persistent, is_certain=True)
     if shards.secondary:
         yield Part("copy shared in the node", size * shards.secondary, is_certain=True)
-    bucket = _zero(ds, "reduce_bucket_size")
-    if ds["zero_optimization"].get("contiguous_gradients", True):
+    bucket = zero.reduce_bucket_size
+    if zero.contiguous_gradients:
         yield Part("reduce bucket", numbers.sent * bucket, is_certain=True)
     if world > 1:  # one rank has all of them in its shard
-        live = max(_zero(ds, "stage3_max_live_parameters"), shards.block)
+        live = max(zero.max_live_parameters, shards.block)
         yield Part("gathered parameters", size * min(live, shards.total), ACTIVE)
         # AllGatherCoalescedHandle.wait copies a message's parameters out of it
         yield Part("message of a gather", size * shards.block, ACTIVE)

@@ -241,6 +241,19 @@ def test_recipes_with_a_bounded_variance_or_16_bit_moments_need_copies_in_an_upd
     assert copies(max_exp_avg_sq=5.0, moment_dtype="bfloat16") == 16
 
 
+def test_what_a_file_leaves_out_is_deepspeeds_default_and_both_names_are_read():
+    run, ds = presets.dalle_12b(), file("zero3_12b.json")
+    bare = estimate(run, ds | {"zero_optimization": {"stage": 3}}, 64)
+    assert bare.of("reduce bucket") == 2 * 500_000_000
+    assert bare.of("gathered parameters") == 2 * 1_000_000_000
+    other = estimate(
+        run, ds | {"zero_optimization": {"stage": 3, "max_live_parameters": 2**28}}, 64
+    )
+    assert other.of("gathered parameters") == 2 * 2**28
+    none = file("zero3_12b.json", contiguous_gradients=False)
+    assert estimate(run, none, 64).of("reduce bucket") == 0
+
+
 def test_z_loss_keeps_the_logits_too():
     run, ds = presets.dalle_12b(), file("zero3_12b.json")
     text, image = 8 * 256 * 16_384 * 4, 8 * 1024 * 8_192 * 4
