@@ -133,6 +133,11 @@ NATURAL = [
       for world in (1, 8, 64)],
     *[("zero3_12b.json", preset, world) for preset in ("dalle_6b", "dalle_12b")
       for world in (16, 64, 128)],
+    *[("zero3_slow_network.json", preset, world) for preset in ("dalle_6b", "dalle_12b")
+      for world in (16, 64, 128)],
+    *[("zero3_12b_offload.json", "dalle_12b", world) for world in (4, 8, 64)],
+    *[("zero3_12b_v100_fp16.json", preset, world) for preset in ("dalle_6b", "dalle_12b")
+      for world in (64, 128, 1024)],
 ]  # fmt: skip
 
 
