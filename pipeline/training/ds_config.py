@@ -93,6 +93,8 @@ def resolve(
         "steps_per_print": 10**9,
         # our AdamW is a client optimizer
         "zero_allow_untested_optimizer": True,
+        # nor, with its states on the CPU, one of DeepSpeed's own, which would be compiled
+        "zero_force_ds_cpu_optimizer": False,
         **{key: value for key, value in ds.items() if key not in OWN},
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro,

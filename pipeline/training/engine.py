@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pipeline import config
 from pipeline.console import InputError, logger
 from pipeline.models.dalle import Dalle
-from pipeline.training import ds_config
+from pipeline.training import ds_config, memory
 from pipeline.training.gradient_scales import GradientScales
 from pipeline.training.optimizer import AdamW, parameter_groups
 
@@ -132,6 +132,7 @@ class Engine(ABC):
         self.scales = GradientScales(module.take_gradient_scales())
 
     def _largest(self, value: Tensor) -> Tensor:
+        value = value.to(self.device)  # gradients may lie on the CPU, which NCCL does not reach
         if self.world > 1:
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return value
@@ -261,6 +262,7 @@ class ZeroEngine(Engine):
         self.compute_dtype = getattr(torch, ds_config.compute_dtype_name(ds))
         from deepspeed.utils import set_z3_leaf_modules
 
+        self._refuse_what_cannot_fit(run, ds)
         torch.manual_seed(run.seed)
         with deepspeed.zero.Init(config_dict_or_path=resolved):
             model = build()
@@ -275,6 +277,17 @@ class ZeroEngine(Engine):
         self.model, self.module = self._engine, model
         self.device = torch.device(self._engine.device)
         self._ema_every = run.optimizer.ema_every
+
+    def _refuse_what_cannot_fit(
+        self, run: config.DvaeRun | config.DalleRun, ds: dict[str, Any]
+    ) -> None:
+        """Stop before anything is allocated when a GPU of the run is too small for it."""
+        if not torch.cuda.is_available() or not isinstance(run, config.DalleRun):
+            return
+        free = torch.tensor(float(torch.cuda.mem_get_info()[0]), device="cuda")
+        dist.all_reduce(free, op=dist.ReduceOp.MIN)
+        if sentence := memory.preflight(run, ds, self.world, int(free)):
+            raise InputError(sentence)
 
     def backward(self, share: Tensor) -> None:
         """Add the gradients of a share of the loss."""

@@ -343,7 +343,7 @@ def _step(run: DalleRun, ds: dict[str, Any], shards: Shards) -> Iterator[Part]:
     if run.optimizer.moment_dtype != "float32":
         size += 2 * (FLOAT32 - BYTES[run.optimizer.moment_dtype])
     if run.optimizer.max_exp_avg_sq:
-        size += 2 * FLOAT32
+        size += FLOAT32  # the room that is left below the bound
     yield Part("an update's copies", size * shards.sub_group, ("step",))
 
 

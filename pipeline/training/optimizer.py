@@ -60,7 +60,8 @@ class AdamW(torch.optim.AdamW):
         # appendix D clips the variance before it is used: with at most this much of it before the
         # update, (bound - (1 - b2) g^2) / b2, the update makes no more than the bound of it
         decay = group["betas"][1]
-        room = (self._bound - (1 - decay) * gradient.float().square()) / decay
+        room = gradient.float().square()  # in place from here: a shard may take gigabytes
+        room.mul_(-(1 - decay) / decay).add_(self._bound / decay)
         torch.minimum(state["exp_avg_sq"], room, out=state["exp_avg_sq"])
 
     def _end(self, parameter: Tensor) -> None:

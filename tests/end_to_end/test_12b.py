@@ -44,11 +44,6 @@ def a_rank_of(world: int, file: str) -> dict:
     # 12e9 random numbers would take minutes
     torch.Tensor.normal_ = lambda self, *args, **kwargs: self
 
-    # DeepSpeed wants its own optimizer for states on the CPU, which compiles C++, unless told so
-    resolve = ds_config.resolve
-    told = {"zero_force_ds_cpu_optimizer": False}
-    ds_config.resolve = lambda *args, **kwargs: told | resolve(*args, **kwargs)
-
     run, ds = presets.load(PRESET), ds_config.read(ROOT / "ds_configs" / file)
     ds["train_micro_batch_size_per_gpu"] = 1
     stored = "float16" if "fp16" in ds else "bfloat16"

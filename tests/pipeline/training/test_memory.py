@@ -236,9 +236,10 @@ def test_recipes_with_a_bounded_variance_or_16_bit_moments_need_copies_in_an_upd
         found = estimate(dataclasses.replace(run, optimizer=optimizer), ds, 64)
         return found.of("an update's copies") / found.shards.sub_group
 
-    assert copies() == 4
-    assert copies(moment_dtype="bfloat16") == 8
-    assert copies(max_exp_avg_sq=5.0, moment_dtype="bfloat16") == 16
+    assert copies(max_exp_avg_sq=0.0) == 4
+    assert copies() == 8
+    assert copies(max_exp_avg_sq=0.0, moment_dtype="bfloat16") == 8
+    assert copies(moment_dtype="bfloat16") == 12
 
 
 def test_what_a_file_leaves_out_is_deepspeeds_default_and_both_names_are_read():
