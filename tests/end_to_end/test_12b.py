@@ -134,7 +134,8 @@ def test_shards_are_those_that_were_counted(case):
     assert made["elements"] == counted.shards.own
     assert made["bytes"] == {name: counted.of(name) for name in made["bytes"]}
     if counted.of("an update's copies"):
-        assert made["largest copy"] == counted.of("an update's copies")
+        # the gradients of a sub-group joined; as much again is the room below the variance's bound
+        assert 2 * made["largest copy"] == counted.of("an update's copies")
     assert made["rss_gib"] < MOST_RSS_GIB
 
 

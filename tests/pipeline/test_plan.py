@@ -1,4 +1,5 @@
 import json
+import logging
 import subprocess
 import sys
 
@@ -9,6 +10,15 @@ from pipeline.console import InputError
 from tests.tiny import ROOT
 
 FILE_12B = str(ROOT / "ds_configs/zero3_12b.json")
+
+
+@pytest.fixture(autouse=True)
+def log_of_deepspeed():
+    """The command silences it, for its own process."""
+    log = logging.getLogger("DeepSpeed")
+    before = list(log.filters)
+    yield
+    log.filters[:] = before
 
 
 @pytest.fixture
