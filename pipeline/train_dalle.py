@@ -24,10 +24,10 @@ from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.models.dalle import NO_TOKEN, Dalle, nll_sums, z_sums
 from pipeline.models.dvae import load_dvae
-from pipeline.training import ds_config, loop
-from pipeline.training import engine as engines
+from pipeline.training import ds_config, loop, processes
 from pipeline.training.engine import Engine
 from pipeline.training.schedules import LearningRate
+from pipeline.training.zero import make_engine
 
 log = logger("dalle")
 
@@ -256,8 +256,8 @@ def main() -> None:
     )
     if args.dvae:
         check_dvae(stage.data.readers[0], args.dvae)
-    engine = engines.make(stage.build, run, args.deepspeed_config)
-    engines.leave(engine, loop.train(stage, engine, args.out))
+    engine = make_engine(stage.build, run, args.deepspeed_config)
+    processes.leave(loop.train(stage, engine, args.out))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from pipeline.data.loader import PairLoader, sample_seed
 from pipeline.data.pictures import save_png, tile, to_uint8
 from pipeline.data.sets import BLOCK_HELP, MIX_HELP, Data
 from pipeline.models.dvae import DiscreteVAE, load_dvae
-from pipeline.training import engine as engines
-from pipeline.training import loop
+from pipeline.training import loop, processes
 from pipeline.training.engine import Engine
 from pipeline.training.schedules import at
+from pipeline.training.zero import make_engine
 
 log = logger("dvae")
 
@@ -282,8 +282,8 @@ def main() -> None:
     if not isinstance(run, DvaeRun):
         raise InputError(f"{args.preset} trains the transformer; stage 1 takes a dvae preset")
     stage = DvaeStage(run, args.data, mix=args.mix, block_order=args.block_order)
-    engine = engines.make(stage.build, run, args.deepspeed_config)
-    engines.leave(engine, loop.train(stage, engine, args.out))
+    engine = make_engine(stage.build, run, args.deepspeed_config)
+    processes.leave(loop.train(stage, engine, args.out))
 
 
 if __name__ == "__main__":

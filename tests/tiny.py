@@ -151,6 +151,31 @@ def dalle_asked_to_leave() -> DalleRun:
     return dalle()
 
 
+def dalle_ladder() -> DalleRun:
+    """``dalle`` of 120 updates, which leaves after each thirty and notes what it has seen.
+
+    Files in $SEEN: a line an update and sample.
+    """
+    from pipeline.training.loop import _Session
+    from pipeline.training.telemetry import Telemetry
+
+    write, train = Telemetry.update, _Session._pass
+    noted = Path(os.environ["SEEN"]) / f"{os.getpid()}.txt"
+
+    def update(self, step, values):
+        write(self, step, values)
+        if step in (30, 60, 90):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def note(self, batches, step):
+        with open(noted, "a") as file:
+            file.writelines(f"{step} {row}\n" for batch in batches for row in batch.ids)
+        return train(self, batches, step)
+
+    Telemetry.update, _Session._pass = update, note
+    return dataclasses.replace(dalle(), steps=120, save_every=120, lr=Ramp(5e-3, 5e-4, 120))
+
+
 def dalle_slow() -> DalleRun:
     """``dalle``, which takes ten seconds longer."""
     from pipeline.training.telemetry import Telemetry

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from pipeline.console import InputError, OwnError
 from pipeline.files import filling, write_json
@@ -51,6 +52,7 @@ def save(
     Raises:
         InputError: there is no room for it; the checkpoints before are kept.
     """
+    engine.check()
     final = folder_of(out, engine.updates)
     staged = final.with_name(final.name + ".partial")
     tensors, places = {}, {}
@@ -65,7 +67,18 @@ def save(
         check_room(out, int(total))
         staged.mkdir(parents=True)
     engine.barrier()
-    path = staged / rank_file(engine.rank)
+    if tensors:
+        _write(staged / rank_file(engine.rank), tensors, places)
+    engine.barrier()
+    if engine.rank == 0:
+        _commit(engine, staged, final, {"kind": kind, "identity": identity, "state": state})
+        for old in complete(out)[:-KEEP]:
+            shutil.rmtree(old)
+    engine.barrier()
+
+
+def _write(path: Path, tensors: dict[str, Tensor], places: dict[str, str]) -> None:
+    """A rank's file, on the disk, and what the first rank has to know of it."""
     try:
         with filling(path):
             save_file(tensors, path, metadata=places)
@@ -77,12 +90,6 @@ def save(
             f"{path} cannot be written ({error}): make room and start again; the checkpoints "
             "before it are kept"
         ) from error
-    engine.barrier()
-    if engine.rank == 0:
-        _commit(engine, staged, final, {"kind": kind, "identity": identity, "state": state})
-        for old in complete(out)[:-KEEP]:
-            shutil.rmtree(old)
-    engine.barrier()
 
 
 def _commit(engine: Engine, staged: Path, final: Path, described: dict[str, Any]) -> None:
@@ -145,8 +152,7 @@ def resume(engine: Engine, out: Path, identity: dict[str, Any]) -> dict[str, Any
         except OSError as error:
             bad = [str(error)]
         if _sum(engine, len(bad)) == 0:
-            slices = open_slices(folder, meta)
-            engine.restore(slices.read, slices.steps, meta["updates"], meta["applied"])
+            engine.restore(open_slices(folder, meta), meta["updates"], meta["applied"])
             log.info("resumed from %s, written by %d ranks", folder, meta["world"])
             state: dict[str, Any] = meta["state"]
             return state

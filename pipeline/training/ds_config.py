@@ -23,20 +23,26 @@ KNOWN = (
     "compute_dtype",
     "data_types",
     "activation_checkpointing",
+    "hybrid_sharding",
     "communication_data_type",
     "steps_per_print",
     "wall_clock_breakdown",
     "comms_logger",
 )
 DTYPES = (None, "fp32", "bf16", "fp16")
+STAGES = (2, 3)
+OFFLOADS = ("offload_optimizer", "offload_param")
+# and offloading, whose way through stage 2 is another one
+ONLY_STAGE_3 = ("stage3_", "zero_hpz_", "zero_quantized_", "offload_")
 NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # keys of our own, which DeepSpeed does not get to see
-OWN = ("activation_checkpointing", "compute_dtype")
+OWN = ("activation_checkpointing", "compute_dtype", "hybrid_sharding")
 KNOWN_INSIDE = {
     "bf16": ("enabled",),
     "fp16": ("enabled",),
     "data_types": ("grad_accum_dtype",),
     "activation_checkpointing": ("enabled",),
+    "hybrid_sharding": ("gpus_per_node", "powersgd_rank"),
 }
 
 
@@ -71,9 +77,8 @@ def resolve(
         world: ranks.
 
     Raises:
-        InputError: unknown keys, two owners of one number, another stage than 3, a batch that the
-        ranks
-            cannot share.
+        InputError: unknown keys, two owners of one number, another stage than 2 and 3,
+            what means nothing in the stage, a batch that the ranks cannot share.
     """
     _refuse_unknown(ds)
     _check_values(ds)
@@ -83,11 +88,8 @@ def resolve(
                 f'{key} is {ds[key]!r} in the ds_config, but the preset owns it: write "auto" there'
             )
     zero = ds.get("zero_optimization", {})
-    if zero.get("stage") != 3:
-        raise InputError(
-            f"zero_optimization.stage is {zero.get('stage')!r}; parameters are sharded by "
-            "stage 3 here, and training without --deepspeed_config shards nothing"
-        )
+    _check_stage(zero, world)
+    _check_hybrid(ds, world)
     micro, accumulation = _micro_batches(ds, batch, world)
     resolved = {
         "steps_per_print": 10**9,
@@ -96,7 +98,8 @@ def resolve(
         # nor, with its states on the CPU, one of DeepSpeed's own, which would be compiled
         "zero_force_ds_cpu_optimizer": False,
         **{key: value for key, value in ds.items() if key not in OWN},
-        "train_batch_size": batch,
+        # DeepSpeed knows of one node alone
+        "train_batch_size": batch // world * shard_ranks(ds, world),
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": gradient_clipping,
@@ -108,6 +111,67 @@ def resolve(
     if left := [key for key, value in (resolved | inside).items() if value == "auto"]:
         raise InputError(f'"auto" is not understood for {", ".join(left)}; write a value')
     return resolved
+
+
+def _check_stage(zero: dict[str, Any], world: int) -> None:
+    stage = zero.get("stage")
+    if stage not in STAGES or isinstance(stage, bool):
+        raise InputError(
+            f"zero_optimization.stage is {stage!r}; write 3 to shard parameters, gradients and "
+            "moments, or 2 to shard all but the parameters"
+        )
+    useless = sorted(key for key in zero if key.startswith(ONLY_STAGE_3))
+    if stage == 2 and useless:  # DeepSpeed takes them, and does nothing with them
+        raise InputError(
+            f"zero_optimization.{useless[0]} means nothing in stage 2: leave it out, or take "
+            "stage 3"
+        )
+    in_node = zero.get("zero_hpz_partition_size", 1)
+    if isinstance(in_node, int) and in_node > 1 and world % in_node:
+        raise InputError(
+            f"zero_optimization.zero_hpz_partition_size is {in_node}, which does not divide "
+            f"{world} ranks; take a number that does, the GPUs of a node"
+        )
+
+
+def _check_hybrid(ds: dict[str, Any], world: int) -> None:
+    if "hybrid_sharding" not in ds:
+        return
+    section, zero = ds["hybrid_sharding"], ds["zero_optimization"]
+    per_node, rank = section.get("gpus_per_node"), section.get("powersgd_rank", 0)
+    if not (type(per_node) is int and per_node >= 1) or world % per_node:
+        raise InputError(
+            f"hybrid_sharding.gpus_per_node is {per_node!r}; write how many ranks a node has, a "
+            f"whole number that divides the {world} ranks"
+        )
+    if not (type(rank) is int and rank >= 0) or rank % per_node:
+        raise InputError(
+            f"hybrid_sharding.powersgd_rank is {rank!r}; write a whole number that the {per_node} "
+            "GPUs of a node can share, or 0 to send gradients as they are"
+        )
+    if zero["stage"] != 3 or zero.get("zero_hpz_partition_size", 1) != 1:
+        raise InputError(
+            "hybrid_sharding shards parameters inside a node already: take stage 3 without "
+            "zero_hpz_partition_size"
+        )
+    if any(zero.get(key, {}).get("device", "none") != "none" for key in OFFLOADS):
+        raise InputError(
+            "hybrid_sharding sums gradients on the GPUs: leave out offload_optimizer and "
+            "offload_param"
+        )
+
+
+def shard_ranks(ds: dict[str, Any], world: int) -> int:
+    """Among how many of the ranks ZeRO shards: those of a node with ``hybrid_sharding``."""
+    per_node: int = ds.get("hybrid_sharding", {}).get("gpus_per_node", world)
+    return per_node
+
+
+def powersgd_rank(ds: dict[str, Any]) -> int:
+    """Of each GPU's factors: its share of what the shards of a node have in all; 0 for none."""
+    section = ds.get("hybrid_sharding", {})
+    rank: int = section.get("powersgd_rank", 0)
+    return rank // section["gpus_per_node"] if rank else 0
 
 
 def _refuse_unknown(ds: dict[str, Any]) -> None:

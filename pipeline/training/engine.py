@@ -1,4 +1,4 @@
-"""Two engines under one loop: DeepSpeed's ZeRO-3, and plain PyTorch on one device.
+"""What the loop knows of an engine, and the simpler of the two: plain PyTorch on one device.
 
 An engine owns the model, its optimizer and the processes. ``backward`` takes this micro-batch's
 *share* of the loss of the whole batch: the shares of all micro-batches of all ranks add up to the
@@ -6,12 +6,8 @@ loss, so a loss normalised over the whole batch stays what it is under accumulat
 parallelism.
 """
 
-import datetime
-import logging
 import math
 import os
-import sys
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,16 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline import config
-from pipeline.console import InputError, logger
+from pipeline.console import InputError
 from pipeline.models.dalle import Dalle
-from pipeline.training import ds_config, memory
+from pipeline.slices import Slices
 from pipeline.training.gradient_scales import GradientScales
 from pipeline.training.optimizer import AdamW, parameter_groups
 
-log = logger("train")
-
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")  # of the optimizer, beside the float32 weights
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
 @dataclass
@@ -80,18 +73,11 @@ class Engine(ABC):
         """This rank's parts of all parameters, for a checkpoint."""
 
     @abstractmethod
-    def restore(
-        self,
-        read: Callable[[str, str, int, int], Tensor],
-        steps: dict[str, int],
-        updates: int,
-        applied: int,
-    ) -> None:
+    def restore(self, saved: Slices, updates: int, applied: int) -> None:
         """Set weights and optimizer state.
 
         Args:
-            read: (name, key, start, stop) -> flat part of a parameter or of its state.
-            steps: name -> ``Slice.step``.
+            saved: a checkpoint.
             updates: made so far.
             applied: of these.
         """
@@ -105,6 +91,13 @@ class Engine(ABC):
         if self.world > 1:
             dist.all_reduce(value)
         return value
+
+    def check(self) -> None:  # noqa: B027 - most have nothing to check
+        """All ranks call it before a checkpoint.
+
+        Raises:
+            InputError: copies of the model have become different ones.
+        """
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -138,7 +131,7 @@ class Engine(ABC):
         return value
 
 
-def _by_block(module: nn.Module) -> dict[str, list[Any]]:
+def by_block(module: nn.Module) -> dict[str, list[Any]]:
     """Parameters of each residual block, in their order."""
     blocks: dict[str, list[Any]] = {}
     assert isinstance(module, Dalle)
@@ -187,7 +180,7 @@ class PlainEngine(Engine):
     def update(self, lr: float) -> float:
         """Clip, update, count; a norm that is not finite updates nothing."""
         if self.scales is not None:
-            parameters = _by_block(self.module)
+            parameters = by_block(self.module)
             gradients = {
                 name: [p.grad for p in part if p.grad is not None]
                 for name, part in parameters.items()
@@ -217,252 +210,18 @@ class PlainEngine(Engine):
             yield name, Slice(0, values, int(state.get("step", 0)))
 
     @torch.no_grad()
-    def restore(
-        self,
-        read: Callable[[str, str, int, int], Tensor],
-        steps: dict[str, int],
-        updates: int,
-        applied: int,
-    ) -> None:
+    def restore(self, saved: Slices, updates: int, applied: int) -> None:
         """Set weights, moments and average."""
         self.updates, self.applied = updates, applied
         for name, p in self.model.named_parameters():
-            p.copy_(read(name, "weight", 0, p.numel()).view_as(p))
+            p.copy_(saved.read(name, "weight", 0, p.numel()).view_as(p))
             if not applied:
                 continue
             state = self._optimizer.state[p]
-            state["step"] = torch.tensor(float(steps[name]), device=p.device)
+            state["step"] = torch.tensor(float(saved.steps[name]), device=p.device)
             for key in STATE_KEYS:
-                state[key] = read(name, key, 0, p.numel()).view_as(p).to(p.device)
+                state[key] = saved.read(name, key, 0, p.numel()).view_as(p).to(p.device)
 
     def shapes(self) -> dict[str, list[int]]:
         """Of all parameters."""
         return {name: list(p.shape) for name, p in self.model.named_parameters()}
-
-
-class ZeroEngine(Engine):
-    """DeepSpeed with ZeRO stage 3, under its launcher."""
-
-    def __init__(
-        self,
-        build: Callable[[], nn.Module],
-        run: config.DvaeRun | config.DalleRun,
-        ds: dict[str, Any],
-    ) -> None:
-        deepspeed = _start_deepspeed()
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        resolved = ds_config.resolve(
-            ds,
-            batch=run.batch,
-            gradient_clipping=run.optimizer.gradient_clipping,
-            world=self.world,
-        )
-        self.micro_batch = resolved["train_micro_batch_size_per_gpu"]
-        self.accumulation = resolved["gradient_accumulation_steps"]
-        self.compute_dtype = getattr(torch, ds_config.compute_dtype_name(ds))
-        from deepspeed.utils import set_z3_leaf_modules
-
-        self._refuse_what_cannot_fit(run, ds)
-        torch.manual_seed(run.seed)
-        with deepspeed.zero.Init(config_dict_or_path=resolved):
-            model = build()
-        if leaves := getattr(model, "ZERO_LEAVES", ()):
-            set_z3_leaf_modules(model, list(leaves))
-        self._take_scales(model)
-        groups = parameter_groups(model, run.optimizer, by_block=self.scales is not None)
-        self._optimizer = AdamW(groups, run.optimizer)
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self._optimizer, config=resolved, dist_init_required=False
-        )
-        self.model, self.module = self._engine, model
-        self.device = torch.device(self._engine.device)
-        self._ema_every = run.optimizer.ema_every
-
-    def _refuse_what_cannot_fit(
-        self, run: config.DvaeRun | config.DalleRun, ds: dict[str, Any]
-    ) -> None:
-        """Stop before anything is allocated when a GPU of the run is too small for it."""
-        if not torch.cuda.is_available() or not isinstance(run, config.DalleRun):
-            return
-        free = torch.tensor(float(torch.cuda.mem_get_info()[0]), device="cuda")
-        dist.all_reduce(free, op=dist.ReduceOp.MIN)
-        if sentence := memory.preflight(run, ds, self.world, int(free)):
-            raise InputError(sentence)
-
-    def backward(self, share: Tensor) -> None:
-        """Add the gradients of a share of the loss."""
-        # DeepSpeed averages over ranks and over the accumulation
-        self._engine.backward(share * (self.world * self.accumulation))
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()
-
-    def update(self, lr: float) -> float:
-        """Clip, update, count; DeepSpeed skips an update whose norm is not finite."""
-        self.updates += 1
-        self._optimizer.set_lr(lr)
-        self._optimizer.ema_is_due = self.updates % self._ema_every == 0
-        if self.scales is not None:
-            self._unscale(self.scales)
-        self._engine.step()
-        # infinite where DeepSpeed skipped the update
-        norm = float(self._engine.get_global_grad_norm())
-        self.applied += math.isfinite(norm)
-        return norm
-
-    def discard(self) -> None:
-        """Have DeepSpeed skip the update, as it does when the norm is no number."""
-        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
-
-        _, parameter = next(self._named_parameters())
-        gradient = safe_get_local_grad(parameter)
-        safe_set_local_grad(parameter, torch.full_like(gradient, math.nan))
-        self._engine.step()
-
-    def _unscale(self, scales: GradientScales) -> None:
-        """Before DeepSpeed looks for what is not finite: it would skip the update of all blocks."""
-        from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
-
-        parameters = _by_block(self.module)
-        gradients = {n: [safe_get_local_grad(p) for p in part] for n, part in parameters.items()}
-        self._optimizer.skip(scales.unscale(gradients, self._largest))
-        for name, part in parameters.items():
-            for parameter, gradient in zip(part, gradients[name], strict=True):
-                safe_set_local_grad(parameter, gradient)
-
-    def slices(self) -> Iterator[tuple[str, Slice]]:
-        """This rank's chunk of each parameter, without DeepSpeed's padding."""
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        for name, p in self._named_parameters():
-            start, length = self._chunk(p.ds_numel)
-            if length == 0:
-                continue
-            values, step = {"weight": safe_get_local_fp32_param(p).detach()[:length]}, 0
-            if self.applied:
-                for key in STATE_KEYS:
-                    values[key] = safe_get_local_optimizer_state(p, key).detach()[:length]
-                step = int(self._optimizer.state[self._place(p)[0]]["step"])
-            yield name, Slice(start, values, step)
-
-    def _place(self, p: Any) -> tuple[Any, int]:
-        """The flat tensor that this rank's part of a parameter lies in, and where it begins."""
-        zero = self._engine.optimizer
-        group, offset, _ = zero.grad_position[zero.get_param_id(p)]
-        return zero.fp32_partitioned_groups_flat[group], offset
-
-    def _named_parameters(self) -> Iterator[tuple[str, Any]]:
-        """Parameters with what ``zero.Init`` hangs on them: ds_numel, ds_shape."""
-        return self.module.named_parameters()
-
-    def _chunk(self, numel: int) -> tuple[int, int]:
-        """(start, length) of this rank's part: ZeRO-3 cuts a parameter into ceil(numel / world)."""
-        size = -(-numel // self.world)
-        return self.rank * size, max(0, min(size, numel - self.rank * size))
-
-    @torch.no_grad()
-    def restore(
-        self,
-        read: Callable[[str, str, int, int], Tensor],
-        steps: dict[str, int],
-        updates: int,
-        applied: int,
-    ) -> None:
-        """Set the shards of weights, moments and average; internals of DeepSpeed 0.19.8."""
-        self.updates, self.applied = updates, applied
-        keys = STATE_KEYS if applied else ()
-        zero = self._engine.optimizer
-        for flat in zero.fp32_partitioned_groups_flat if applied else ():
-            state = self._optimizer.state[flat]
-            for key in keys:
-                state[key] = torch.zeros_like(flat)
-        for name, p in self._named_parameters():
-            flat, offset = self._place(p)
-            if applied:
-                step = torch.tensor(float(steps[name]), device=flat.device)
-                self._optimizer.state[flat]["step"] = step
-            start, length = self._chunk(p.ds_numel)
-            if length == 0:
-                continue
-            here = slice(offset, offset + length)
-            flat.data[here] = read(name, "weight", start, start + length)
-            for key in keys:
-                self._optimizer.state[flat][key][here] = read(name, key, start, start + length)
-        for group in range(len(zero.fp32_partitioned_groups_flat)):
-            zero._reassign_or_swap_out_partitioned_parameters(group)
-        if kept_whole := zero.persistent_parameters:
-            kept_whole[0].partition(kept_whole)
-            kept_whole[0].all_gather(kept_whole)
-
-    def shapes(self) -> dict[str, list[int]]:
-        """Of all parameters, whole."""
-        return {name: list(p.ds_shape) for name, p in self._named_parameters()}
-
-
-def _start_deepspeed() -> Any:
-    """Import DeepSpeed and join its launcher's process group."""
-    try:
-        import deepspeed
-        import deepspeed.ops
-        from deepspeed.accelerator import get_accelerator
-    except ImportError as error:
-        raise InputError(
-            f"--deepspeed_config needs DeepSpeed, which does not import here ({error}); install "
-            "requirements.txt, or leave the flag out to train with plain PyTorch"
-        ) from error
-    if "RANK" not in os.environ:
-        raise InputError(
-            "--deepspeed_config is for the deepspeed launcher: start this as "
-            "`deepspeed --module pipeline.train_...`, or leave the flag out for plain PyTorch"
-        )
-    _quieten()
-    if get_accelerator().device_name() == "cpu":
-        # a C++ extension that only inference uses; building it takes a minute and a compiler
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT)
-    return deepspeed
-
-
-def _quieten() -> None:
-    """Leave out what DeepSpeed says of itself, and two warnings that no user can do a thing about.
-
-    All other warnings are shown.
-    """
-    deepspeed_log = logging.getLogger("DeepSpeed")
-    deepspeed_log.setLevel(logging.WARNING)
-    # our AdamW, which zero_allow_untested_optimizer allows
-    deepspeed_log.addFilter(lambda record: "with an untested optimizer" not in record.getMessage())
-    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 is about to rename
-    warnings.filterwarnings(
-        "ignore",
-        message=r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated",
-        category=FutureWarning,
-    )
-
-
-def make(
-    build: Callable[[], nn.Module],
-    run: config.DvaeRun | config.DalleRun,
-    ds_config_path: str | None,
-) -> Engine:
-    """The engine for a run: ZeRO-3 with a ds_config, plain PyTorch without."""
-    if ds_config_path is not None:
-        return ZeroEngine(build, run, ds_config.read(ds_config_path))
-    engine = PlainEngine(build, run)
-    log.info("no --deepspeed_config: training with plain PyTorch on one %s", engine.device.type)
-    return engine
-
-
-def leave(engine: Engine, code: int = 0) -> None:
-    """Leave the process group and end the process with ``code``."""
-    if not (dist.is_available() and dist.is_initialized()):
-        if code:
-            sys.exit(code)
-        return
-    engine.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # threads of gloo abort about one exit in six in the interpreter's teardown (pytorch #179291)
-    os._exit(code)

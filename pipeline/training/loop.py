@@ -207,7 +207,7 @@ class _Session(Generic[Batch]):
     def _update(self, batches: list[Batch]) -> bool:
         """One update, made or left out; False when it is time to go back."""
         engine, guard = self.engine, self.guard
-        figures = self._pass(batches)
+        figures = self._pass(batches, engine.updates)
         verdict = GO
         if guard.spike is not None:
             verdict = guard.judge(figures["loss"])
@@ -216,30 +216,29 @@ class _Session(Generic[Batch]):
             norm = engine.update(lr)
             told = self._told(figures, lr, norm)
             if (verdict := guard.judge_norm(norm)) != GO:
-                self._leave_out(batches, f"its gradient's norm is {norm}")
+                self._leave_out(engine.updates, batches, f"its gradient's norm is {norm}")
             self.telemetry.update(engine.updates, told)
             return verdict != BACK
-        self._leave_out(batches, f"its loss is {figures['loss']:g}")
         engine.discard()
+        self._leave_out(engine.updates + 1, batches, f"its loss is {figures['loss']:g}")
         engine.updates += 1
         self.telemetry.update(engine.updates, figures)
         return verdict != BACK
 
-    def _leave_out(self, batches: list[Batch], why: str) -> None:
-        step, skips = self.engine.updates + 1, self.guard.skips
-        log.warning("update %d is left out: %s; %d left out so far", step, why, skips)
-        self._tell_of_bad_numbers(batches)
+    def _leave_out(self, step: int, batches: list[Batch], why: str) -> None:
+        log.warning("update %d is left out: %s; %d left out so far", step, why, self.guard.skips)
+        self._tell_of_bad_numbers(step, batches)
 
-    def _tell_of_bad_numbers(self, batches: list[Batch]) -> None:
+    def _tell_of_bad_numbers(self, step: int, batches: list[Batch]) -> None:
         """Each rank says where its own pass first has a number that is none."""
         engine = self.engine
         with looking_for_bad_numbers(engine.module) as found:
-            self._pass(batches)
+            self._pass(batches, step - 1)
         engine.discard()
         for what in found:
             log.error(
                 "rank %d, update %d: the first number that is not finite is in %s",
-                engine.rank, engine.updates + 1, what,
+                engine.rank, step, what,
             )  # fmt: skip
 
     def _go_back(self) -> None:
@@ -256,9 +255,9 @@ class _Session(Generic[Batch]):
             self.engine.updates, self.skipped_batches,
         )  # fmt: skip
 
-    def _pass(self, batches: list[Batch]) -> dict[str, float]:
+    def _pass(self, batches: list[Batch], step: int) -> dict[str, float]:
         """Forward and backward; the figures of the whole batch when anybody wants them."""
-        stage, engine, step = self.stage, self.engine, self.engine.updates
+        stage, engine = self.stage, self.engine
         counts = torch.stack([stage.counts(b) for b in batches]).sum(0)
         totals = engine.sum(counts.to(engine.device))
         self._sums = {}

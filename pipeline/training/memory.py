@@ -227,11 +227,6 @@ def count_shards(run: DalleRun, ds: dict[str, Any], world: int) -> Shards:
     sizes = [p.numel() for p in model.parameters()]
     zero = _zero(ds)
     in_node = zero.zero_hpz_partition_size
-    if in_node > 1 and world % in_node:
-        raise InputError(
-            f"zero_optimization.zero_hpz_partition_size is {in_node}, which does not divide "
-            f"{world} GPUs; take a number that does, the GPUs of a node"
-        )
     threshold = zero.param_persistence_threshold
     by_block = ds_config.compute_dtype_name(ds) == "float16"  # which has gradient scales
     groups = parameter_groups(model, run.optimizer, by_block=by_block)

@@ -33,7 +33,8 @@ def a_rank_of(world: int, file: str) -> dict:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from pipeline.models.dalle import Dalle
-    from pipeline.training.engine import STATE_KEYS, ZeroEngine
+    from pipeline.training.engine import STATE_KEYS
+    from pipeline.training.zero import ZeroEngine
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     # a CPU has no float16 matrices, which nothing here multiplies

@@ -57,14 +57,14 @@ class Sharded:
                 values = {key: state[key][name][start:stop] for key in state}
                 yield name, Slice(start, values, self.steps[name])
 
-    def restore(self, read, steps, updates, applied):
-        self.updates, self.applied, self.steps = updates, applied, steps
+    def restore(self, saved, updates, applied):
+        self.updates, self.applied, self.steps = updates, applied, saved.steps
         self.got = {}
         for name, n in SIZES.items():
             start, stop = self.chunk(n)
             if start < stop:
                 for key in ("weight", *STATE_KEYS):
-                    self.got[key, name] = (start, read(name, key, start, stop))
+                    self.got[key, name] = (start, saved.read(name, key, start, stop))
 
 
 class Ranks:
@@ -302,8 +302,8 @@ def test_before_the_first_applied_update_there_are_weights_alone(tmp_path):
     )
     checkpoint.save(engine, tmp_path, "toy", IDENTITY, STATE)
     got = []
-    engine.restore = lambda read, steps, updates, applied: got.extend(
-        [read("w", "weight", 0, 3), updates, applied]
+    engine.restore = lambda saved, updates, applied: got.extend(
+        [saved.read("w", "weight", 0, 3), updates, applied]
     )
     assert checkpoint.resume(engine, tmp_path, IDENTITY) == STATE
     assert torch.equal(got[0], torch.ones(3))

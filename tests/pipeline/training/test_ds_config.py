@@ -55,7 +55,14 @@ MICRO, ACCUMULATION = "train_micro_batch_size_per_gpu", "gradient_accumulation_s
         ({"train_batch_size": 32}, 'train_batch_size is 32 .* preset owns it: write "auto" there'),
         ({"train_batch_size": 64}, "train_batch_size is 64 .* preset owns it"),
         ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0 .* preset owns it"),
-        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is 2; .* stage 3 here"),
+        ({"zero_optimization": {"stage": 1}}, "zero_optimization.stage is 1; write 3 to shard"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True"),
+        ({"zero_optimization": {"stage": 2, "stage3_param_persistence_threshold": 0}},
+         "zero_optimization.stage3_param_persistence_threshold means nothing in stage 2"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+         "zero_optimization.offload_optimizer means nothing in stage 2"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}},
+         "zero_hpz_partition_size is 3, which does not divide 4 ranks; take a number that does"),
         ({"zero_optimization": {}}, "zero_optimization.stage is None"),
         ({MICRO: 3}, r"micro-batch 3 x accumulation 5 x 4 ranks is 60, and the preset's batch is "
          '64: leave one of them "auto", or take two whose product is 16'),
@@ -130,6 +137,8 @@ NATURAL = [
     *[("zero3_cpu.json", preset, world) for preset in ("dalle_demo", "dvae_demo")
       for world in (1, 2, 4)],
     *[("zero3_bf16.json", preset, world) for preset in ("dvae_paper", "dalle_1b", "dalle_3b")
+      for world in (1, 8, 64)],
+    *[("zero2_small.json", preset, world) for preset in ("dvae_paper", "dalle_1b")
       for world in (1, 8, 64)],
     *[("zero3_12b.json", preset, world) for preset in ("dalle_6b", "dalle_12b")
       for world in (16, 64, 128)],

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from pipeline.console import InputError
-from pipeline.training import engine as engines
-from pipeline.training.engine import PlainEngine, ZeroEngine
+from pipeline.training import processes
+from pipeline.training.engine import PlainEngine
+from pipeline.training.zero import chunk, make_engine
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
@@ -76,7 +77,7 @@ def test_plain_pytorch_refuses_to_be_one_of_several_processes(monkeypatch):
 def test_a_ds_config_without_the_launcher_is_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(InputError, match="is for the deepspeed launcher: start this as"):
-        engines.make(Linear, tiny.dalle(), str(tiny.ROOT / "ds_configs/zero3_cpu.json"))
+        make_engine(Linear, tiny.dalle(), str(tiny.ROOT / "ds_configs/zero3_cpu.json"))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
@@ -84,9 +85,7 @@ def test_a_ds_config_without_the_launcher_is_refused(monkeypatch):
 def test_chunks_of_all_ranks_are_the_parameter(world, numel):
     covered = []
     for rank in range(world):
-        engine = object.__new__(ZeroEngine)
-        engine.rank, engine.world = rank, world
-        start, length = engine._chunk(numel)
+        start, length = chunk(numel, rank, world)
         covered += range(start, start + length)
     assert covered == list(range(numel))
 
@@ -98,7 +97,7 @@ def test_two_warnings_of_the_libraries_are_left_out_and_no_others(caplog):
         with warnings.catch_warnings(record=True) as shown:
             warnings.simplefilter("always")
             log.propagate = True
-            engines._quieten()
+            processes._quieten()
             deprecated = "`torch.distributed.{}_tensor` is deprecated. Please use another."
             for name in ("all_gather_into", "reduce_scatter", "broadcast"):
                 warnings.warn(deprecated.format(name), FutureWarning, stacklevel=1)

@@ -61,7 +61,7 @@ def traffic_of_rank_0(name: str) -> dict:
     from deepspeed.comm.torch import TorchBackend
 
     from pipeline.models.dalle import Dalle
-    from pipeline.training.engine import ZeroEngine
+    from pipeline.training.zero import ZeroEngine
 
     run = small()
     engine = ZeroEngine(lambda: Dalle(run.model), run, small_file(name))

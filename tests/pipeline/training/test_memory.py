@@ -313,7 +313,7 @@ def test_the_preflight_says_what_to_do_when_no_micro_batch_fits():
          "offload_optimizer.device is 'nvme', which is not planned here: take \"cpu\" or \"none\""),
         ({"offload_param": {"device": "nvme", "nvme_path": "/x"}}, {}, "offload_param.device is"),
         ({"zero_hpz_partition_size": 7}, {},
-         "zero_hpz_partition_size is 7, which does not divide 64 GPUs; take a number that does"),
+         "zero_hpz_partition_size is 7, which does not divide 64 ranks; take a number that does"),
         ({}, {"attention": "naive"}, "attention is 'naive'; it is planned for triton and windowed"),
         ({}, {"micro_batch": 5}, "micro-batch 5 x accumulation 3 x 64 ranks is 960"),
         ({}, {"micro_batch": 0}, "train_micro_batch_size_per_gpu is 0; write a whole number"),
