@@ -176,6 +176,22 @@ def dalle_ladder() -> DalleRun:
     return dataclasses.replace(dalle(), steps=120, save_every=120, lr=Ramp(5e-3, 5e-4, 120))
 
 
+def dalle_drifting() -> DalleRun:
+    """``dalle``, in whose eighth update the ranks of the second node go astray by a bit."""
+    from pipeline.training.zero import ZeroEngine
+
+    made = ZeroEngine.update
+
+    def update(self, lr):
+        norm = made(self, lr)
+        if self.updates == 8 and self.rank >= 2:
+            self._shards.flats()[0].data[0] += 1e-3
+        return norm
+
+    ZeroEngine.update = update
+    return dalle()
+
+
 def dalle_slow() -> DalleRun:
     """``dalle``, which takes ten seconds longer."""
     from pipeline.training.telemetry import Telemetry
