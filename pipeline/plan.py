@@ -57,6 +57,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "gathered_bytes_an_update": plan.traffic.gathered,
             "gathered_bytes_inside_nodes": plan.traffic.in_node,
             "scattered_bytes_an_update": plan.traffic.scattered,
+            "summed_over_nodes_bytes_an_update": plan.traffic.summed,
             "seconds_an_update": plan.traffic.seconds,
         },
         "compute": {
@@ -117,6 +118,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     if plan.traffic.in_node:
         inside = f"{plan.traffic.in_node / found.accumulation / 1e9:>11.1f}"
         yield f"  {'of that, inside the node, GB':32}{inside}{plan.traffic.in_node / 1e9:>11.1f}"
+    if plan.traffic.summed:
+        yield f"  {'of that, between nodes, GB':32}{'':>11}{plan.traffic.summed / 1e9:>11.1f}"
     for name, seconds in (("sending", plan.traffic.seconds), ("computing", plan.work.seconds)):
         yield f"  {name + ', s':32}{seconds * micro_s:>11.2f}{seconds:>11.2f}"
     yield (

@@ -67,11 +67,12 @@ class Traffic:
     scattered: int
     in_node: int  # of what is gathered, the part that stays in the node while the rest leaves it
     seconds: float
+    summed: int = 0  # over the nodes, once an update, of hybrid sharding
 
     @property
     def sent(self) -> int:
         """All of it."""
-        return self.gathered + self.scattered
+        return self.gathered + self.scattered + self.summed
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,17 @@ def traffic(run: DalleRun, ds: dict[str, Any], found: Estimate, machine: Machine
     """What ZeRO-3 sends: a gather forward, one backward, a reduce-scatter a micro-step.
 
     Counted on DeepSpeed 0.19.8: computing a block again gathers nothing more, for its parameters
-    stay until its backward pass. With hpZ only the first gather of an update leaves the node.
+    stay until its backward pass. With hpZ only the first gather of an update leaves the node; with
+    hybrid sharding none does, but gradients are summed over the nodes. Stage 2 sums the gradients
+    on every rank a micro-step, which takes twice the time of a reduce-scatter, and gathers once.
     """
-    world, steps = machine.gpus, found.accumulation
     stored = next((k for k in ("bf16", "fp16") if ds.get(k, {}).get("enabled")), "fp32")
     sent = ds.get("communication_data_type") or stored
+    if ds["zero_optimization"]["stage"] == 2:
+        return _traffic_of_stage_2(found, machine, stored, sent)
+    if found.ranks < found.world:
+        return _traffic_of_nodes(found, machine, stored, sent)
+    world, steps = machine.gpus, found.accumulation
     sharded = found.shards.total - found.shards.persistent
     one_gather = sharded * BYTES[ds_config.NAMES[stored]]
     scattered = found.shards.total * BYTES[ds_config.NAMES[sent]]
@@ -109,6 +116,31 @@ def traffic(run: DalleRun, ds: dict[str, Any], found: Estimate, machine: Machine
         in_node=shared * one_gather,
         seconds=between / (link * 1e9) + inside / (NODE_GBPS * 1e9),
     )
+
+
+def _traffic_of_stage_2(found: Estimate, machine: Machine, stored: str, sent: str) -> Traffic:
+    world, steps = machine.gpus, found.accumulation
+    if world == 1:
+        return Traffic(0, 0, 0, 0.0)
+    gathered = found.shards.stored * BYTES[ds_config.NAMES[stored]]
+    summed = steps * found.shards.total * BYTES[ds_config.NAMES[sent]]
+    link = NODE_GBPS if world <= machine.gpus_per_node else machine.fabric
+    seconds = (gathered + 2 * summed) * (world - 1) / world / (link * 1e9)
+    return Traffic(gathered, summed, 0, seconds)
+
+
+def _traffic_of_nodes(found: Estimate, machine: Machine, stored: str, sent: str) -> Traffic:
+    ranks, nodes, steps = found.ranks, found.world // found.ranks, found.accumulation
+    shards = found.shards
+    sharded = shards.total - shards.persistent
+    gathered = 2 * steps * sharded * BYTES[ds_config.NAMES[stored]] if ranks > 1 else 0
+    scattered = steps * shards.total * BYTES[ds_config.NAMES[sent]] if ranks > 1 else 0
+    # float32, in a ring of the nodes, there and back
+    summed = 4 * (shards.own - shards.compressed + shards.factors)
+    inside = NODE_GBPS if ranks <= machine.gpus_per_node else machine.fabric
+    seconds = (gathered + scattered) * (ranks - 1) / ranks / (inside * 1e9)
+    seconds += 2 * summed * (nodes - 1) / nodes / (machine.fabric * 1e9)
+    return Traffic(gathered, scattered, 0, seconds, summed)
 
 
 def work(run: DalleRun, found: Estimate, machine: Machine) -> Work:
@@ -174,9 +206,10 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Float32 weights, both moments, the average."""
+        """Float32 weights, both moments, the average, and what PowerSGD has not sent."""
         moments = 2 * BYTES[self.run.optimizer.moment_dtype]
-        return self.memory.shards.total * (4 + moments + 4)
+        errors = 4 * self.memory.shards.compressed * self.memory.ranks
+        return self.memory.shards.total * (4 + moments + 4) + errors
 
     @property
     def disk_bytes(self) -> int:
@@ -188,7 +221,7 @@ class Plan:
     def host_bytes(self) -> int:
         """Of a node: what is offloaded, and a checkpoint's slices or rank 0's whole average."""
         gpus = min(self.machine.gpus, self.machine.gpus_per_node)
-        share = -(-self.checkpoint_bytes // self.machine.gpus)
+        share = -(-self.checkpoint_bytes // self.memory.ranks)
         return gpus * self.memory.host + max(gpus * share, 4 * self.memory.shards.total)
 
 

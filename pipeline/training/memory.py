@@ -10,18 +10,15 @@ activations are gone, the optimizer works.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
-import torch
-
 from kernels.tiles import WIDTHS
-from pipeline.config import DalleConfig, DalleRun
+from pipeline.config import DalleRun
 from pipeline.console import InputError
-from pipeline.models.dalle import Dalle, layer_patterns
+from pipeline.models.dalle import layer_patterns
 from pipeline.training import ds_config
 from pipeline.training.activations import FLOAT32, block_bytes, heads_bytes, kept_bytes
-from pipeline.training.optimizer import parameter_groups
+from pipeline.training.sharding import Shards, count_shards, zero_section
 
 Moment = Literal["loss", "mlp", "attention", "step"]
 MOMENTS: tuple[Moment, ...] = ("loss", "mlp", "attention", "step")
@@ -54,33 +51,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Shards:
-    """One rank's part of the parameters, in elements.
-
-    Args:
-        total: parameters of the model.
-        own: of this rank, with padding: ZeRO-3 gives each rank ceil(numel / W) of every parameter.
-        persistent: of parameters so small that every rank keeps all of them.
-        secondary: of the copy that is shared inside a node (ZeRO++ hpZ).
-        block: parameters of the largest block, which is gathered in one message.
-        largest: of the largest parameter.
-        sub_group: the most that the optimizer takes at once.
-    """
-
-    total: int
-    own: int
-    persistent: int
-    secondary: int
-    block: int
-    largest: int
-    sub_group: int
-
-
-@dataclass(frozen=True)
 class Estimate:
     """What a run holds on each of its GPUs."""
 
     world: int
+    ranks: int  # among which parameters are sharded
     micro_batch: int
     accumulation: int
     attention: str
@@ -155,6 +130,7 @@ def estimate(
     shards = count_shards(run, ds, world)
     return Estimate(
         world=world,
+        ranks=ds_config.shard_ranks(ds, world),
         micro_batch=micro,
         accumulation=resolved["gradient_accumulation_steps"],
         attention=path,
@@ -195,16 +171,9 @@ class _Numbers:
         )
 
 
-def _zero(ds: dict[str, Any]) -> Any:
-    """The section of ZeRO with DeepSpeed's names and defaults."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    return DeepSpeedZeroConfig(**ds["zero_optimization"])
-
-
 def _offloads(ds: dict[str, Any], what: str) -> bool:
     """Whether ``what`` ("optimizer", "param") lies on the host."""
-    section = getattr(_zero(ds), f"offload_{what}")
+    section = getattr(zero_section(ds), f"offload_{what}")
     device = "none" if section is None else section.device
     if device == "nvme":
         raise InputError(
@@ -214,57 +183,16 @@ def _offloads(ds: dict[str, Any], what: str) -> bool:
     return bool(device == "cpu")
 
 
-@lru_cache(maxsize=8)
-def _model(config: DalleConfig) -> Dalle:
-    """The model without its memory."""
-    with torch.device("meta"):
-        return Dalle(config)
-
-
-def count_shards(run: DalleRun, ds: dict[str, Any], world: int) -> Shards:
-    """What ``world`` ranks share, as ``zero.Init`` and stage3.py of DeepSpeed 0.19.8 cut it."""
-    model = _model(run.model)
-    sizes = [p.numel() for p in model.parameters()]
-    zero = _zero(ds)
-    in_node = zero.zero_hpz_partition_size
-    threshold = zero.param_persistence_threshold
-    by_block = ds_config.compute_dtype_name(ds) == "float16"  # which has gradient scales
-    groups = parameter_groups(model, run.optimizer, by_block=by_block)
-    return Shards(
-        total=sum(sizes),
-        own=sum(-(-n // world) for n in sizes),
-        persistent=sum(n for n in sizes if n <= threshold),
-        # partition_parameters.py: tensor_size // num_ranks_in_param_group, of the padded size
-        secondary=sum(-(-n // world) * world // in_node for n in sizes) if in_node > 1 else 0,
-        block=max(sum(p.numel() for p in block.parameters()) for block in model.blocks),
-        largest=max(sizes),
-        sub_group=max(
-            _largest_sub_group(
-                [-(-p.numel() // world) for p in group["params"]], zero.sub_group_size
-            )
-            for group in groups
-        ),
-    )
-
-
-def _largest_sub_group(sizes: list[int], bound: int) -> int:
-    """A sub-group is closed by the parameter that fills it (stage3._create_fp16_sub_groups)."""
-    largest = current = 0
-    for n in sizes:
-        current += n
-        largest = max(largest, current)
-        if current >= bound:
-            current = 0
-    return largest
-
-
 def _states(run: DalleRun, ds: dict[str, Any], shards: Shards, numbers: _Numbers) -> Iterator[Part]:
     """Parameters, masters, gradients, moments, average: each rank's share."""
     own = shards.own
     moment = BYTES[run.optimizer.moment_dtype]
     offloads = _offloads(ds, "optimizer")
     yield Part(
-        "parameters", numbers.parameter * own, is_certain=True, on_host=_offloads(ds, "param")
+        "parameters",
+        numbers.parameter * shards.stored,
+        is_certain=True,
+        on_host=_offloads(ds, "param"),
     )
     for name, size in (
         # with float32 parameters too: stage3.py compares a device with a string, and copies
@@ -277,18 +205,29 @@ def _states(run: DalleRun, ds: dict[str, Any], shards: Shards, numbers: _Numbers
     if offloads:
         # initialize_optimizer_states: each sub-group keeps a float32 .grad for good
         yield Part("gradients of the masters", FLOAT32 * own, is_certain=True, on_host=True)
+    if shards.compressed:
+        yield Part("errors of PowerSGD", FLOAT32 * shards.compressed, is_certain=True)
+        yield Part("projections of PowerSGD", FLOAT32 * shards.projections, is_certain=True)
 
 
 def _buffers(ds: dict[str, Any], world: int, shards: Shards, numbers: _Numbers) -> Iterator[Part]:
-    """What ZeRO-3 gathers, sends and keeps whole."""
-    size, zero = numbers.parameter, _zero(ds)
+    """What ZeRO gathers, sends and keeps whole."""
+    size, zero = numbers.parameter, zero_section(ds)
+    if ds["zero_optimization"]["stage"] == 2:
+        # two, which are filled by turns, where sending overlaps computing
+        buckets = 2 if zero.overlap_comm else 1
+        if zero.contiguous_gradients:
+            n_bytes = buckets * numbers.parameter * zero.reduce_bucket_size
+            yield Part("reduce bucket", n_bytes, ("mlp", "attention"), is_certain=True)
+        yield Part("gradients of a block's weights", size * shards.largest, ("mlp", "attention"))
+        return
     yield Part("small parameters, kept whole", size * shards.persistent, is_certain=True)
     if shards.secondary:
         yield Part("copy shared in the node", size * shards.secondary, is_certain=True)
     bucket = zero.reduce_bucket_size
     if zero.contiguous_gradients:
         yield Part("reduce bucket", numbers.sent * bucket, is_certain=True)
-    if world > 1:  # one rank has all of them in its shard
+    if ds_config.shard_ranks(ds, world) > 1:  # one rank has all of them in its shard
         live = max(zero.max_live_parameters, shards.block)
         yield Part("gathered parameters", size * min(live, shards.total), ACTIVE)
         # AllGatherCoalescedHandle.wait copies a message's parameters out of it
@@ -340,6 +279,9 @@ def _step(run: DalleRun, ds: dict[str, Any], shards: Shards) -> Iterator[Part]:
     if run.optimizer.max_exp_avg_sq:
         size += FLOAT32  # the room that is left below the bound
     yield Part("an update's copies", size * shards.sub_group, ("step",))
+    if "hybrid_sharding" in ds:
+        # the sums of the nodes' gradients, before DeepSpeed has them back
+        yield Part("sums over the nodes", FLOAT32 * shards.own, ("step",))
 
 
 def micro_batches(run: DalleRun, world: int) -> list[int]:

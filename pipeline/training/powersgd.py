@@ -23,6 +23,20 @@ def pays(rows: int, columns: int, rank: int) -> bool:
     return rank <= min(rows, columns) and rank * (rows + columns) < rows * columns
 
 
+def compressible(shapes: dict[str, list[int]], ranks: int, rank: int) -> dict[str, tuple[int, int]]:
+    """What ``PowerSGD`` takes on each of ``ranks`` GPUs that share the parameters as ZeRO-3 does.
+
+    Matrices of the residual blocks of which a GPU holds whole rows. Embeddings, heads, gains and
+    biases are sent as they are, as in the paper.
+    """
+    parts = {
+        name: (shape[0] // ranks, shape[1])
+        for name, shape in shapes.items()
+        if name.startswith("blocks.") and len(shape) == 2 and shape[0] % ranks == 0
+    }
+    return {name: part for name, part in parts.items() if rank and pays(*part, rank)}
+
+
 class PowerSGD:
     """The errors and projections of one GPU's matrices.
 

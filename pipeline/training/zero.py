@@ -22,7 +22,7 @@ from pipeline.training import ds_config, memory, processes
 from pipeline.training.engine import STATE_KEYS, Engine, PlainEngine, Slice, by_block
 from pipeline.training.nodes import Exchange, Nodes
 from pipeline.training.optimizer import AdamW, parameter_groups
-from pipeline.training.powersgd import PowerSGD, pays
+from pipeline.training.powersgd import PowerSGD, compressible
 
 log = logger("train")
 
@@ -224,12 +224,7 @@ class ZeroEngine(Engine):
                 "hybrid_sharding.powersgd_rank is for matrices of the transformer: take 0 for "
                 "stage 1"
             )
-        shapes = {}
-        for name, shape in self.shapes().items():
-            if name.startswith("blocks.") and len(shape) == 2 and shape[0] % ranks == 0:
-                part = shape[0] // ranks, shape[1]
-                if pays(*part, rank):
-                    shapes[name] = part
+        shapes = compressible(self.shapes(), ranks, rank)
         if not shapes:
             raise InputError(
                 f"hybrid_sharding.powersgd_rank is {rank * ranks}, {rank} a GPU: no matrix of this "

@@ -16,12 +16,12 @@ from pipeline.training.memory import (
     MOMENTS,
     RESERVE,
     Part,
-    _largest_sub_group,
     estimate,
     largest_micro_batch,
     micro_batches,
     preflight,
 )
+from pipeline.training.sharding import _largest_sub_group
 from tests.tiny import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
