@@ -256,7 +256,14 @@ def _recomputing(ds: dict[str, Any]) -> dict[str, Any]:
     return ds | {"activation_checkpointing": {"enabled": True}}
 
 
+def _in_stage_3(ds: dict[str, Any]) -> dict[str, Any]:
+    zero = ds["zero_optimization"] | {"stage": 3}
+    return {**ds, "zero_optimization": zero}
+
+
 def _offloading(ds: dict[str, Any]) -> dict[str, Any]:
+    """Which takes stage 3 over all ranks."""
+    ds = {key: value for key, value in _in_stage_3(ds).items() if key != "hybrid_sharding"}
     zero = ds["zero_optimization"] | {"offload_optimizer": {"device": "cpu"}}
     return ds | {"zero_optimization": zero}
 
@@ -279,10 +286,16 @@ def _changes(
         singles.append(
             ('"activation_checkpointing": {"enabled": true}', peak(_recomputing(ds), micro))
         )
-    if not found.host:
+    if ds["zero_optimization"]["stage"] == 2:
+        singles.append(('"stage": 3 in zero_optimization', peak(_in_stage_3(ds), micro)))
+    elif found.ranks < found.world:
+        flat = {key: value for key, value in ds.items() if key != "hybrid_sharding"}
+        singles.append(("no hybrid_sharding", peak(flat, micro)))
+    elif not found.host:
         text = '"offload_optimizer": {"device": "cpu"} in zero_optimization'
         singles.append((text, peak(_offloading(ds), micro)))
-    if (more := _gpus(machine, run, room, lambda gpus: peak(ds, micro, gpus), micro)) is not None:
+    more = _gpus(machine, run, room, lambda gpus: peak(ds, micro, gpus), micro)
+    if more is not None and found.ranks == found.world:
         singles.append((f"{more[0]} GPUs", more[1]))
     singles.sort(key=lambda change: change[1])
     for text, size in singles:
@@ -291,7 +304,10 @@ def _changes(
         return
     all_of_it = _offloading(_recomputing(ds))
     together = peak(all_of_it, 1)
-    yield "micro-batch 1, recomputation and offload together", together, together <= room
+    text = "micro-batch 1, recomputation and offload"
+    if ds["zero_optimization"]["stage"] == 2:
+        text += " in stage 3"
+    yield f"{text} together", together, together <= room
     if together > room:
         most = _gpus(machine, run, room, lambda gpus: peak(all_of_it, 1, gpus), 1)
         if most is not None:

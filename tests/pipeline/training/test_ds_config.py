@@ -61,6 +61,19 @@ MICRO, ACCUMULATION = "train_micro_batch_size_per_gpu", "gradient_accumulation_s
          "zero_optimization.stage3_param_persistence_threshold means nothing in stage 2"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
          "zero_optimization.offload_optimizer means nothing in stage 2"),
+        ({"hybrid_sharding": {}}, "hybrid_sharding.gpus_per_node is None; write how many ranks"),
+        ({"hybrid_sharding": {"gpus_per_node": 3}},
+         "gpus_per_node is 3; write .* whole number that divides the 4 ranks"),
+        ({"hybrid_sharding": {"gpus_per_node": 2, "powersgd_rank": 7}},
+         "powersgd_rank is 7; write a whole number that the 2 GPUs of a node can share, or 0"),
+        ({"hybrid_sharding": {"gpus_per_node": 2, "rank": 8}}, "has hybrid_sharding.rank, which"),
+        ({"hybrid_sharding": {"gpus_per_node": 2}, "zero_optimization": {"stage": 2}},
+         "hybrid_sharding shards parameters inside a node already: take stage 3 without"),
+        ({"hybrid_sharding": {"gpus_per_node": 2},
+          "zero_optimization": ZERO | {"zero_hpz_partition_size": 2}}, "hybrid_sharding shards"),
+        ({"hybrid_sharding": {"gpus_per_node": 2},
+          "zero_optimization": ZERO | {"offload_optimizer": {"device": "cpu"}}},
+         "hybrid_sharding sums gradients on the GPUs: leave out offload_optimizer"),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}},
          "zero_hpz_partition_size is 3, which does not divide 4 ranks; take a number that does"),
         ({"zero_optimization": {}}, "zero_optimization.stage is None"),
@@ -138,6 +151,7 @@ NATURAL = [
       for world in (1, 2, 4)],
     *[("zero3_bf16.json", preset, world) for preset in ("dvae_paper", "dalle_1b", "dalle_3b")
       for world in (1, 8, 64)],
+    *[("zero3_12b_hybrid.json", "dalle_12b", world) for world in (8, 64, 128)],
     *[("zero2_small.json", preset, world) for preset in ("dvae_paper", "dalle_1b")
       for world in (1, 8, 64)],
     *[("zero3_12b.json", preset, world) for preset in ("dalle_6b", "dalle_12b")
@@ -156,7 +170,10 @@ def test_every_file_passes_the_gate_with_its_presets(name, preset, world):
     clip = run.optimizer.gradient_clipping
     resolved = ds_config.resolve(ds, batch=run.batch, gradient_clipping=clip, world=world)
     product = resolved[MICRO] * resolved[ACCUMULATION] * world
-    assert product == run.batch == resolved["train_batch_size"]
+    assert product == run.batch
+    # of the ranks that DeepSpeed knows of
+    ranks = ds_config.shard_ranks(ds, world)
+    assert resolved["train_batch_size"] == resolved[MICRO] * resolved[ACCUMULATION] * ranks
     assert json.loads(json.dumps(resolved)) == resolved
 
 

@@ -17,7 +17,7 @@ from pipeline.config import DalleConfig
 from pipeline.console import InputError
 from pipeline.training import ds_config
 from pipeline.training.forecast import Machine, make_plan
-from pipeline.training.memory import GIB, estimate
+from pipeline.training.memory import GIB
 from tests import tiny as runs
 from tests.tiny import ROOT, arguments, launched, start
 
@@ -45,7 +45,13 @@ def file(name, **zero):
 
 
 def small_file(name):
-    return file(name, **SCALED) | {"train_micro_batch_size_per_gpu": 2}
+    """Of ``file``, what a small model takes."""
+    if name == "zero2_small.json":
+        return file(name, reduce_bucket_size=100_000) | {"train_micro_batch_size_per_gpu": 2}
+    ds = file(name, **SCALED) | {"train_micro_batch_size_per_gpu": 2}
+    if "hybrid_sharding" in ds:
+        ds["hybrid_sharding"] = {"gpus_per_node": 8, "powersgd_rank": 16}
+    return ds
 
 
 def traffic_of_rank_0(name: str) -> dict:
@@ -61,6 +67,7 @@ def traffic_of_rank_0(name: str) -> dict:
     from deepspeed.comm.torch import TorchBackend
 
     from pipeline.models.dalle import Dalle
+    from pipeline.training.nodes import Exchange
     from pipeline.training.zero import ZeroEngine
 
     run = small()
@@ -82,7 +89,14 @@ def traffic_of_rank_0(name: str) -> dict:
 
     for kind in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast"):
         counted(kind)
-    zero = engine._engine.optimizer
+    add = Exchange._add
+
+    def added(self, tensors):
+        sent[f"between nodes {self.nodes.count}"] += sum(t.nbytes for t in tensors)
+        return add(self, tensors)
+
+    Exchange._add = added
+    zero, is_stage_2 = engine._engine.optimizer, name == "zero2_small.json"
     for _ in range(UPDATES):
         sent.clear()
         for _ in range(ACCUMULATION):
@@ -90,29 +104,43 @@ def traffic_of_rank_0(name: str) -> dict:
             logits = engine.model(text, image)
             engine.backward(sum(x.logsumexp(-1).mean() for x in logits))
         # nothing was received
-        zero.grad_partitions_flat_buffer.normal_(std=1e-3)
+        if is_stage_2:
+            gradients = [group.flat_partition for group in zero.averaged_gradients.values()]
+            for gradient in gradients:
+                gradient.normal_(std=1e-3)
+        else:
+            zero.grad_partitions_flat_buffer.normal_(std=1e-3)
         engine.update(1e-3)
-    masters = zero.fp32_partitioned_groups_flat
+    masters = engine._shards.flats()
     states = [s[key] for s in engine._optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     held = {
-        "parameters": [zero.lp_param_buffer],
+        "parameters": zero.bit16_groups_flat if is_stage_2 else [zero.lp_param_buffer],
         "float32 masters": masters,
-        "gradient buffer": [zero.grad_partitions_flat_buffer],
+        "gradient buffer": gradients if is_stage_2 else [zero.grad_partitions_flat_buffer],
         "moments": states,
     }
-    is_shared = masters[0].data_ptr() == zero.fp16_partitioned_groups_flat[0].data_ptr()
+    if engine._exchange is not None:
+        powersgd = engine._exchange.powersgd
+        held["errors of PowerSGD"] = list(powersgd.error.values())
+        held["projections of PowerSGD"] = list(powersgd._projection.values())
+    stored = zero.bit16_groups_flat if is_stage_2 else zero.fp16_partitioned_groups_flat
+    is_shared = masters[0].data_ptr() == stored[0].data_ptr()
     sizes = {key: sum(t.nbytes for t in tensors) for key, tensors in held.items()}
     return {"sent": dict(sent), "held": sizes, "is_shared": is_shared}
+
+
+def made_and_planned(name):
+    """What rank 0 did, the plan, and its memory."""
+    done = start([sys.executable, "-m", "tests.pipeline.training.test_forecast", name])
+    assert done.returncode == 0, done.stderr[-2000:]
+    plan = make_plan(small(), small_file(name), Machine(WORLD))
+    return json.loads(done.stdout.splitlines()[-1]), plan, plan.memory
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero3_12b.json", "zero3_slow_network.json", "zero3_cpu.json"])
 def test_traffic_is_what_deepspeed_sends(name):
-    done = start([sys.executable, "-m", "tests.pipeline.training.test_forecast", name])
-    assert done.returncode == 0, done.stderr[-2000:]
-    made = json.loads(done.stdout.splitlines()[-1])
-    run, ds = small(), small_file(name)
-    plan = make_plan(run, ds, Machine(WORLD))
+    made, plan, found = made_and_planned(name)
     sent = made["sent"]
     counted = plan.traffic
     assert sent["reduce_scatter_tensor 16"] == pytest.approx(counted.scattered, rel=1e-3)
@@ -125,9 +153,31 @@ def test_traffic_is_what_deepspeed_sends(name):
     # the norm, which blocks of parameters are whole
     others = sum(size for kind, size in sent.items() if kind.startswith(("all_reduce", "broad")))
     assert others < 0.01 * counted.sent
-    found = estimate(run, ds, WORLD)
     assert made["held"] == {key: found.of(key) for key in made["held"]}
     assert not made["is_shared"]
+
+
+@pytest.mark.slow
+def test_traffic_of_stage_2_is_what_deepspeed_sends():
+    made, plan, found = made_and_planned("zero2_small.json")
+    sent = made["sent"]
+    assert sent["all_gather_into_tensor 16"] == plan.traffic.gathered
+    assert sent["all_reduce 16"] == pytest.approx(plan.traffic.scattered, rel=1e-3)
+    assert plan.traffic.gathered == 2 * found.shards.stored
+    assert made["held"] == {key: found.of(key) for key in made["held"]}
+
+
+@pytest.mark.slow
+def test_traffic_of_hybrid_sharding_stays_in_the_node_but_for_factors():
+    made, plan, found = made_and_planned("zero3_12b_hybrid.json")
+    sent = made["sent"]
+    assert sent["reduce_scatter_tensor 8"] == pytest.approx(plan.traffic.scattered, rel=1e-3)
+    gathered = sent["all_gather_into_tensor 8"]
+    assert 0.92 * plan.traffic.gathered <= gathered <= 1.001 * plan.traffic.gathered
+    assert sent["between nodes 2"] == plan.traffic.summed
+    assert plan.traffic.summed < 0.6 * 4 * found.shards.own
+    assert not [kind for kind in sent if kind.endswith(" 16") and sent[kind] > 100]
+    assert made["held"] == {key: found.of(key) for key in made["held"]}
 
 
 # section 6 of the sanity numbers: C, GFLOP a token forward, of all training, GPU-hours
