@@ -35,6 +35,11 @@ def folder_of(out: Path, updates: int) -> Path:
     return out / "checkpoints" / f"step-{updates:07d}"
 
 
+def updates_of(folder: Path) -> int:
+    """Of which update a folder of ``folder_of`` is."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def rank_file(rank: int) -> str:
     """The name of a rank's file."""
     return f"rank-{rank:05d}.safetensors"

@@ -25,6 +25,7 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.models.dalle import NO_TOKEN, Dalle, nll_sums, z_sums
 from pipeline.models.dvae import load_dvae
 from pipeline.training import ds_config, loop, processes
+from pipeline.training.checkpoint import Keeping
 from pipeline.training.engine import Engine
 from pipeline.training.schedules import LearningRate
 from pipeline.training.zero import make_engine
@@ -237,6 +238,7 @@ def main() -> None:
         choices=list(BACKENDS),
         help="path of the attention patterns; without: the fastest that can run, said in the log",
     )
+    Keeping.add_arguments(parser)
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
     args = parser.parse_args()
     run = presets.load(args.preset)
@@ -256,8 +258,9 @@ def main() -> None:
     )
     if args.dvae:
         check_dvae(stage.data.readers[0], args.dvae)
+    keeping = Keeping.of(args)
     engine = make_engine(stage.build, run, args.deepspeed_config)
-    processes.leave(loop.train(stage, engine, args.out))
+    processes.leave(loop.train(stage, engine, args.out, keeping))
 
 
 if __name__ == "__main__":

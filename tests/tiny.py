@@ -192,6 +192,20 @@ def dalle_drifting() -> DalleRun:
     return dalle()
 
 
+def dalle_soak() -> DalleRun:
+    """``dalle`` of $SOAK_STEPS updates, whose saves take long enough to be killed in."""
+    from pipeline.training import checkpoint
+
+    sync, steps = checkpoint._sync, int(os.environ["SOAK_STEPS"])
+
+    def slowly(path):
+        time.sleep(0.3)
+        sync(path)
+
+    checkpoint._sync = slowly
+    return dataclasses.replace(dalle(), steps=steps, lr=Ramp(5e-3, 5e-4, steps))
+
+
 def dalle_slow() -> DalleRun:
     """``dalle``, which takes ten seconds longer."""
     from pipeline.training.telemetry import Telemetry

@@ -19,6 +19,7 @@ from pipeline.console import InputError, OwnError, logger
 from pipeline.data.loader import prefetch
 from pipeline.files import write_json
 from pipeline.training import checkpoint
+from pipeline.training.checkpoint import Keeping
 from pipeline.training.engine import Engine
 from pipeline.training.guard import BACK, GO, Guard, looking_for_bad_numbers
 from pipeline.training.telemetry import Telemetry
@@ -98,7 +99,7 @@ class Stage(ABC, Generic[Batch]):
         """Called on the first rank when the averaged weights are in ``out``."""
 
 
-def train(stage: Stage[Any], engine: Engine, out: Path) -> int:
+def train(stage: Stage[Any], engine: Engine, out: Path, keeping: Keeping | None = None) -> int:
     """Train to the preset's last update, from the newest checkpoint under ``out`` if there is one.
 
     Returns:
@@ -114,13 +115,13 @@ def train(stage: Stage[Any], engine: Engine, out: Path) -> int:
             held.enter_context(_alone_in(out))
         engine.barrier()
         watch = held.enter_context(Watch(out, engine.rank, stage.run.patience_s))
-        return _train(stage, engine, out, watch)
+        return _train(stage, engine, out, watch, keeping or Keeping())
 
 
-def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch) -> int:
+def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch, keeping: Keeping) -> int:
     run = stage.run
-    session = _Session(stage, engine, out, watch)
-    session.resume()
+    session = _Session(stage, engine, out, watch, keeping)
+    keeping.check(out, has_resumed=session.resume())
     stage.prepare(engine)
     if engine.rank == 0:
         stage.accompany(out)
@@ -136,6 +137,7 @@ def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch) -> int:
         while engine.updates < run.steps:
             if not session.run():
                 return LEFT
+        session.wait_for_save()
     finally:
         session.telemetry.close()
     _finish(stage, engine, out)
@@ -147,17 +149,27 @@ class _Session(Generic[Batch]):
 
     telemetry: Telemetry
 
-    def __init__(self, stage: Stage[Batch], engine: Engine, out: Path, watch: Watch) -> None:
+    def __init__(
+        self,
+        stage: Stage[Batch],
+        engine: Engine,
+        out: Path,
+        watch: Watch,
+        keeping: Keeping,
+    ) -> None:
         self.stage, self.engine, self.out, self.watch = stage, engine, out, watch
+        self.keeping = keeping
         self.guard = Guard(stage.run.spike)
         self.identity = {"preset": as_dict(stage.run), **stage.identity()}
         # batches that were left out by going back: updates are behind the data by so many
         self.skipped_batches = 0
         self._saved = -1
+        self._save: checkpoint.Save | None = None
         self._sums: dict[str, Tensor] = {}
 
-    def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint; False when there is none."""
+        self.wait_for_save()
         state = checkpoint.resume(self.engine, self.out, self.identity)
         if state is not None:
             self.engine.restore_state(state["engine"])
@@ -165,6 +177,7 @@ class _Session(Generic[Batch]):
             self.guard.restore(state["guard"])
             self.skipped_batches = int(state["skipped_batches"])
             self._saved = self.engine.updates
+        return state is not None
 
     def save(self) -> None:
         """Write a checkpoint, unless this update has one."""
@@ -176,8 +189,16 @@ class _Session(Generic[Batch]):
             "guard": self.guard.state(),
             "skipped_batches": self.skipped_batches,
         }
-        checkpoint.save(self.engine, self.out, self.stage.name, self.identity, state)
+        self.wait_for_save()
+        described = {"kind": self.stage.name, "identity": self.identity, "state": state}
+        self._save = checkpoint.Save(self.engine, self.out, described, self.keeping)
         self._saved = self.engine.updates
+
+    def wait_for_save(self) -> None:
+        """Until the last checkpoint is on the disk."""
+        if self._save is not None:
+            self._save.wait()
+            self._save = None
 
     def run(self) -> bool:
         """Train until the end, or until it goes back; False when a signal asked to leave."""
@@ -186,9 +207,11 @@ class _Session(Generic[Batch]):
         engine.model.train()
         with closing(prefetch(map(stage.micro_batches, itertools.count(first, run.batch)))) as data:
             while engine.updates < run.steps:
-                batches, is_asked = _next(engine, data, self.watch.asked is not None)
+                problem = self._save.problem if self._save else None
+                batches, is_asked = _next(engine, data, self.watch.asked is not None, problem)
                 if is_asked:
                     self.save()
+                    self.wait_for_save()
                     log.info(
                         "%s: update %d of %d is saved; start again to go on",
                         self.watch.asked or "another rank was asked to leave",
@@ -354,13 +377,14 @@ def _alone_in(out: Path) -> Iterator[None]:
         yield
 
 
-def _next(engine: Engine, stream: Iterator[list[Any]], is_asked: bool) -> tuple[list[Any], bool]:
+def _next(
+    engine: Engine, stream: Iterator[list[Any]], is_asked: bool, problem: Exception | None
+) -> tuple[list[Any], bool]:
     """This rank's next micro-batches, and whether any rank was asked to leave.
 
-    All ranks stop together when one cannot read its own.
+    All ranks stop together when one has a ``problem``, or cannot read its own.
     """
     batches: list[Any] = []
-    problem = None
     try:
         batches = next(stream)
     except InputError as error:
@@ -368,9 +392,11 @@ def _next(engine: Engine, stream: Iterator[list[Any]], is_asked: bool) -> tuple[
     flags = [float(problem is not None), float(is_asked)]
     n_stopped, n_asked = engine.sum(torch.tensor(flags, device=engine.device)).tolist()
     if problem is not None:
-        raise OwnError(str(problem)) from problem
+        raise OwnError(str(problem)) if isinstance(problem, InputError) else problem
     if n_stopped:
-        raise InputError("another rank cannot read its samples: its own line says why")
+        raise InputError(
+            "another rank cannot read its samples, or write its checkpoint: its own line says why"
+        )
     return batches, n_asked > 0
 
 

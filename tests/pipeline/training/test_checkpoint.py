@@ -1,7 +1,9 @@
 import errno
 import json
 import logging
+import re
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from pipeline import slices
 from pipeline.console import InputError, OwnError
 from pipeline.training import checkpoint
+from pipeline.training.checkpoint import Keeping
 from pipeline.training.engine import STATE_KEYS, Slice
 
 IDENTITY = {"preset": {"lr": {"start": 0.1}}, "tokens": "abc"}
@@ -35,6 +38,9 @@ class Sharded:
         self.updates = self.applied = updates
         self.rank, self.world, self.between = rank, world, between or Ranks(1)
         self.steps = dict.fromkeys(SIZES, updates)
+
+    def check(self):
+        pass
 
     def barrier(self):
         self.between.barrier.wait()
@@ -106,7 +112,12 @@ def save(out, updates, world=1, identity=IDENTITY):
     """Save as ``world`` ranks at once."""
     between = Ranks(world)
     ranks = [Sharded(updates, rank, world, between) for rank in range(world)]
-    together(ranks, lambda rank: checkpoint.save(rank, out, "toy", identity, STATE))
+    together(ranks, lambda rank: save_one(rank, out, identity))
+
+
+def save_one(engine, out, identity=IDENTITY, **keeping):
+    described = {"kind": "toy", "identity": identity, "state": STATE}
+    checkpoint.Save(engine, out, described, Keeping(**keeping)).wait()
 
 
 def resume(out, world=1, identity=IDENTITY):
@@ -137,7 +148,7 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path, wrote, reads)
 def test_skipped_updates_are_remembered(tmp_path):
     engine = Sharded(5)
     engine.applied, engine.steps = 3, {"matrix": 3, "bias": 1, "scale": 0}
-    checkpoint.save(engine, tmp_path, "toy", IDENTITY, STATE)
+    save_one(engine, tmp_path)
     assert [(r.updates, r.applied, r.steps) for r in resume(tmp_path)] == [(5, 3, engine.steps)]
 
 
@@ -295,12 +306,13 @@ def test_before_the_first_applied_update_there_are_weights_alone(tmp_path):
         updates=1,
         applied=0,
         barrier=lambda: None,
+        check=lambda: None,
         slices=lambda: [("w", part)],
         sum=lambda value: value,
         device="cpu",
         shapes=lambda: {"w": [3]},
     )
-    checkpoint.save(engine, tmp_path, "toy", IDENTITY, STATE)
+    save_one(engine, tmp_path)
     got = []
     engine.restore = lambda saved, updates, applied: got.extend(
         [saved.read("w", "weight", 0, 3), updates, applied]
@@ -316,3 +328,81 @@ def test_a_damaged_description_is_no_checkpoint(tmp_path, meta):
     folder.mkdir(parents=True)
     (folder / "meta.json").write_text(meta)
     assert slices.complete(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("keeping", "kept"),
+    [({}, [5, 6]), ({"newest": 1}, [6]), ({"newest": 4}, [3, 4, 5, 6]),
+     ({"newest": 1, "every": 2}, [2, 4, 6]), ({"every": 3}, [3, 5, 6])],
+)  # fmt: skip
+def test_the_newest_stay_and_multiples_for_good(tmp_path, keeping, kept):
+    for updates in range(1, 7):
+        save_one(Sharded(updates), tmp_path, **keeping)
+    assert folders(tmp_path) == [f"step-{n:07d}" for n in kept]
+
+
+@pytest.mark.parametrize(
+    ("keeping", "sentence"),
+    [({"newest": 0}, "--keep is 0; keep at least the newest"), ({"every": -1}, "--keep-every is")],
+)
+def test_keeping_nothing_is_refused(keeping, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Keeping(**keeping)
+
+
+@pytest.mark.parametrize(
+    ("resume", "has_resumed", "sentence"),
+    [("must", False, "--resume must, and out has no checkpoint: name the folder of the run"),
+     ("never", True, "--resume never, and out has a checkpoint: name another folder")],
+)  # fmt: skip
+def test_a_wish_that_the_folder_does_not_grant_stops_the_run(resume, has_resumed, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Keeping(resume).check(Path("out"), has_resumed)
+    Keeping(resume).check(Path("out"), not has_resumed)
+    Keeping().check(Path("out"), has_resumed)
+
+
+def test_what_changes_after_a_save_began_is_not_in_it(tmp_path, monkeypatch):
+    go_on, write = threading.Event(), checkpoint.save_file
+    monkeypatch.setattr(
+        checkpoint, "save_file", lambda *a, **kw: (go_on.wait(10), write(*a, **kw))[1]
+    )
+    own = {"w": torch.ones(3)}
+    engine = Sharded(5)
+    engine.slices = lambda: [("w", Slice(0, {"weight": own["w"]}, 1))]
+    described = {"kind": "toy", "identity": IDENTITY, "state": STATE}
+    saving = checkpoint.Save(engine, tmp_path, described, Keeping())
+    own["w"].zero_()
+    engine.updates = 6
+    assert not slices.complete(tmp_path)
+    go_on.set()
+    saving.wait()
+    folder = slices.folder_of(tmp_path, 5)
+    meta = slices.read_meta(folder)
+    assert meta["updates"] == 5
+    assert torch.equal(slices.open_slices(folder, meta).read("w", "weight", 0, 3), torch.ones(3))
+
+
+def test_a_rank_that_cannot_write_stops_all_and_leaves_no_checkpoint(tmp_path, monkeypatch):
+    write = checkpoint.save_file
+
+    def full(tensors, path, **kw):
+        if path.name == "rank-00001.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tensors, path, **kw)
+
+    save(tmp_path, 5, world=3)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    between, said = Ranks(3), {}
+
+    def act(rank):
+        with pytest.raises(InputError) as caught:
+            save_one(rank, tmp_path)
+        said[rank.rank] = caught.value
+
+    together([Sharded(6, rank, 3, between) for rank in range(3)], act)
+    assert isinstance(said[1], OwnError)
+    assert re.search(r"rank-00001.safetensors cannot be written \(.*No space left", str(said[1]))
+    for rank in (0, 2):
+        assert "another rank cannot write its part" in str(said[rank])
+    assert [folder.name for folder in slices.complete(tmp_path)] == ["step-0000005"]

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ from pipeline.console import InputError, OwnError
 from pipeline.data.loader import TokenLoader
 from pipeline.models.dalle import MLP
 from pipeline.train_dalle import DalleStage
-from pipeline.training import loop, watch
+from pipeline.training import checkpoint, loop, watch
 from pipeline.training.engine import PlainEngine
 from pipeline.training.telemetry import Telemetry
 from tests import tiny as runs
@@ -295,6 +296,24 @@ def test_a_signal_saves_and_leaves_and_the_run_goes_on_bit_for_bit(
     train(stage_of(tiny), tmp_path)
     assert_same_run(tmp_path, never_stopped)
     assert json.loads((tmp_path / loop.DONE).read_text())["updates"] == runs.STEPS
+
+
+def test_a_save_that_fails_behind_the_back_of_training_stops_it(tiny, tmp_path, monkeypatch):
+    write, failed = checkpoint.save_file, []
+
+    def full(tensors, path, **kw):
+        if path.parent.name == "step-0000010.partial":
+            failed.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tensors, path, **kw)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(InputError, match=r"rank-00000.safetensors cannot be written .*make room"):
+        train(stage_of(tiny), tmp_path)
+    assert failed
+    assert [folder.name for folder in slices.complete(tmp_path)] == ["step-0000005"]
+    # before the next save
+    assert curve(tmp_path)[-1]["step"] < 15
 
 
 SPIKE = Spike(deviations=50.0, window=4, skips=3, returns=1)
