@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -116,13 +115,30 @@ class Slices:
     steps: dict[str, int]
 
     def read(self, name: str, key: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flat parameter or of its state."""
-        parts = []
-        for begin, end, file in self.pieces[f"{key}/{name}"]:
+        """Elements [start, stop) of a flat parameter or of its state.
+
+        Raises:
+            InputError: some of them are in no file.
+        """
+        entry, filled = f"{key}/{name}", 0
+        whole: Tensor | None = None
+        for begin, end, file in self.pieces[entry]:
             low, high = max(start, begin), min(stop, end)
-            if low < high:
-                parts.append(file.get_slice(f"{key}/{name}")[low - begin : high - begin])
-        return torch.cat(parts)
+            if low >= high:
+                continue
+            part = file.get_slice(entry)[low - begin : high - begin]
+            if high - low == stop - start:
+                return part
+            if whole is None:
+                whole = part.new_empty(stop - start)
+            whole[low - start : high - start] = part  # one part beside the whole, not all
+            filled += high - low
+        if whole is None or filled != stop - start:
+            raise InputError(
+                f"{self.folder} lacks elements of {entry} between {start} and {stop}: copy the "
+                "checkpoint again, or delete it to go on from the one before"
+            )
+        return whole
 
     def numel(self, name: str, key: str) -> int:
         """Elements that there are; 0 for what there is not."""

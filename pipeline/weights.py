@@ -198,6 +198,7 @@ def write_safetensors(path: Path, entries: dict[str, Entry]) -> str:
                     raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, not {entry}")
                 if value.numel():
                     write(value.view(-1).view(torch.uint8).numpy().data)
+                del value  # or the next one would lie beside it
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -192,6 +192,34 @@ def dalle_drifting() -> DalleRun:
     return dalle()
 
 
+def dalle_gathered() -> DalleRun:
+    """``dalle``; in the end DeepSpeed itself gathers weights and averages, into OUT."""
+    from safetensors.torch import save_file
+
+    from pipeline.training import loop
+
+    finish = loop._finish
+
+    def gather(stage, engine, out):
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for key in ("weight", "ema"):
+            whole = {}
+            for name, p in engine.module.named_parameters():
+                value = (
+                    safe_get_full_fp32_param(p)
+                    if key == "weight"
+                    else safe_get_full_optimizer_state(p, key)
+                )
+                whole[name] = value.clone()
+            if engine.rank == 0:
+                save_file(whole, out / f"{key}.safetensors")
+        finish(stage, engine, out)
+
+    loop._finish = gather
+    return dalle()
+
+
 def dalle_soak() -> DalleRun:
     """``dalle`` of $SOAK_STEPS updates, whose saves take long enough to be killed in."""
     from pipeline.training import checkpoint

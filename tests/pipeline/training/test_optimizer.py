@@ -8,6 +8,7 @@ from torch import nn
 from pipeline.config import Optimizer
 from pipeline.models.dalle import Dalle
 from pipeline.models.dvae import DiscreteVAE
+from pipeline.training.checkpoint import Keeping, Save, resume
 from pipeline.training.engine import PlainEngine
 from pipeline.training.optimizer import AdamW, parameter_groups
 from tests import tiny
@@ -82,8 +83,11 @@ class Reference:
         return norm
 
 
+@pytest.mark.parametrize("stops_at", [None, 101])
 @pytest.mark.parametrize("ema_every", [1, 7])
-def test_weights_and_average_follow_a_float64_reference_for_200_updates(ema_every):
+def test_weights_and_average_follow_a_float64_reference_for_200_updates(
+    ema_every, stops_at, tmp_path
+):
     engine = toy_engine(ema_every=ema_every)
     recipe = dataclasses.replace(RECIPE, ema_every=ema_every)
     reference = Reference(whole(engine, "weight"), recipe)
@@ -93,6 +97,11 @@ def test_weights_and_average_follow_a_float64_reference_for_200_updates(ema_ever
         push(engine, gradients)
         lr = 0.01 / (1 + step / 50)
         assert engine.update(lr) == pytest.approx(reference.update(gradients, lr), rel=1e-5)
+        if step == stops_at:
+            described = {"kind": "toy", "identity": {}, "state": {}}
+            Save(engine, tmp_path, described, Keeping()).wait()
+            engine = toy_engine(ema_every=ema_every)
+            resume(engine, tmp_path, {})
     for key, wanted in (("weight", reference.weights), ("ema", reference.ema)):
         for name, value in whole(engine, key).items():
             np.testing.assert_allclose(value.numpy(), wanted[name], rtol=1e-4, atol=1e-5)
