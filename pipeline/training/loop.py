@@ -3,7 +3,6 @@
 import fcntl
 import itertools
 import math
-import resource
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -21,6 +20,7 @@ from pipeline.files import write_json
 from pipeline.training import checkpoint
 from pipeline.training.engine import Engine
 from pipeline.training.guard import BACK, GO, Guard, looking_for_bad_numbers
+from pipeline.training.pace import Pace, peak_gib
 from pipeline.training.telemetry import Telemetry
 from pipeline.training.watch import LEFT, Watch
 from pipeline.weights import export
@@ -129,8 +129,9 @@ def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch) -> int:
         _finish(stage, engine, out)
         return 0
     (out / DONE).unlink(missing_ok=True)
+    pace = Pace(run, engine.world, engine.device, engine.compute_dtype, engine.updates)
     session.telemetry = Telemetry(
-        out, stage.name, run.steps, engine.updates, speaks=engine.rank == 0
+        out, stage.name, run.steps, engine.updates, speaks=engine.rank == 0, pace=pace
     )
     try:
         while engine.updates < run.steps:
@@ -200,7 +201,8 @@ class _Session(Generic[Batch]):
                 if not self._update(batches):
                     self._go_back()
                     return True
-                self._after_update()
+                with self.telemetry.pace.away():
+                    self._after_update()
                 self.watch.beat()
         return True
 
@@ -305,7 +307,9 @@ class _Session(Generic[Batch]):
             with _said_by_this_rank():
                 held_out = stage.validate(engine, self.out)
             self.telemetry.figures("val", step, held_out)
-            self.telemetry.figures("machine", step, {"peak_gib": _peak_gib(engine)})
+            # of all ranks together
+            peak = engine.sum(torch.tensor(peak_gib(engine.device), device=engine.device))
+            self.telemetry.figures("machine", step, {"peak_gib": float(peak)})
             if engine.scales is not None:
                 zeros = engine.sum(engine.scales.zeros.to(engine.device))
                 self.telemetry.figures("blocks", step, engine.scales.by_block(zeros))
@@ -373,16 +377,6 @@ def _next(engine: Engine, stream: Iterator[list[Any]], is_asked: bool) -> tuple[
     if n_stopped:
         raise InputError("another rank cannot read its samples: its own line says why")
     return batches, n_asked > 0
-
-
-def _peak_gib(engine: Engine) -> float:
-    """The most host memory that the ranks held so far, added up; with a GPU, its memory instead."""
-    if engine.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(engine.device) / 2**30
-    else:
-        # Linux counts in KiB
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return float(engine.sum(torch.tensor(peak, device=engine.device)))
 
 
 @contextmanager

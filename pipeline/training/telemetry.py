@@ -7,18 +7,22 @@ from typing import Any
 
 from pipeline.console import Bar, logger
 from pipeline.files import write_bytes
+from pipeline.training.pace import Pace, said
 
 
 class Telemetry:
     """Writes the figures of rank 0; silent elsewhere.
 
-    ``metrics.jsonl`` has a line an event: ``kind`` is "train", "val" or "machine", ``step`` the
-    updates made, and ``time_s`` the seconds of this process. Lines past a resumed step are taken
-    back, so the curve is one.
+    ``metrics.jsonl`` has a line an event: ``kind`` is "train", "val", "speed", "blocks" or
+    "machine", ``step`` the updates made, and ``time_s`` the seconds of this process. What hangs on
+    the clock or the machine stands in "speed" and "machine" alone: the others are the same in
+    every run. Lines past a resumed step are taken back, so the curve is one.
     """
 
-    def __init__(self, out: Path, name: str, steps: int, done: int, speaks: bool) -> None:
-        self._speaks = speaks
+    def __init__(
+        self, out: Path, name: str, steps: int, done: int, speaks: bool, pace: Pace
+    ) -> None:
+        self._speaks, self.pace = speaks, pace
         self._log = logger(name)
         if not speaks:
             return
@@ -34,10 +38,11 @@ class Telemetry:
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(self._out / "tensorboard"), purge_step=done)
-        self.bar = Bar(self._name, self._steps, done)
+        self.bar = Bar(self._name, self._steps, done, says_much=True)
 
     def back_to(self, step: int) -> None:
         """Take back what was told of the updates after ``step``."""
+        self.pace.restart(step)
         if self._speaks:
             self.close()
             self._open(step)
@@ -57,10 +62,15 @@ class Telemetry:
 
     def update(self, step: int, values: dict[str, float] | None) -> None:
         """Update ``step`` is done; its ``values`` when they were due."""
-        if values is not None:
-            self.figures("train", step, values)
-        if self._speaks:
-            self.bar.advance(1, _line(values) if values else self.bar.note)
+        if not self._speaks:
+            return
+        if values is None:
+            self.bar.advance(1, self.bar.note, self.bar.left_s)
+            return
+        speed = self.pace.lap(step)
+        self.figures("train", step, values)
+        self.figures("speed", step, speed)
+        self.bar.advance(1, said(values, speed), self.pace.left_s)
 
     def close(self) -> None:
         """Flush and close everything."""
