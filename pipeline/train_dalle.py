@@ -24,7 +24,7 @@ from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.models.dalle import NO_TOKEN, Dalle, nll_sums, z_sums
 from pipeline.models.dvae import load_dvae
-from pipeline.training import ds_config, loop
+from pipeline.training import ds_config, loop, wishes
 from pipeline.training import engine as engines
 from pipeline.training.engine import Engine
 from pipeline.training.schedules import LearningRate
@@ -238,7 +238,9 @@ def main() -> None:
         help="path of the attention patterns; without: the fastest that can run, said in the log",
     )
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
+    wishes.add_arguments(parser)
     args = parser.parse_args()
+    wished = wishes.of(args)
     run = presets.load(args.preset)
     if not isinstance(run, DalleRun):
         raise InputError(f"{args.preset} trains the dVAE; stage 2 takes a dalle preset")
@@ -257,7 +259,7 @@ def main() -> None:
     if args.dvae:
         check_dvae(stage.data.readers[0], args.dvae)
     engine = engines.make(stage.build, run, args.deepspeed_config)
-    engines.leave(engine, loop.train(stage, engine, args.out))
+    engines.leave(engine, loop.train(stage, engine, args.out, wished))
 
 
 if __name__ == "__main__":

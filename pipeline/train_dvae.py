@@ -25,7 +25,7 @@ from pipeline.data.pictures import save_png, tile, to_uint8
 from pipeline.data.sets import BLOCK_HELP, MIX_HELP, Data
 from pipeline.models.dvae import DiscreteVAE, load_dvae
 from pipeline.training import engine as engines
-from pipeline.training import loop
+from pipeline.training import loop, wishes
 from pipeline.training.engine import Engine
 from pipeline.training.schedules import at
 
@@ -277,13 +277,15 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=a_path)
     parser.add_argument("--deepspeed_config", help="JSON of ds_configs/; without: plain PyTorch")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
+    wishes.add_arguments(parser)
     args = parser.parse_args()
+    wished = wishes.of(args)
     run = presets.load(args.preset)
     if not isinstance(run, DvaeRun):
         raise InputError(f"{args.preset} trains the transformer; stage 1 takes a dvae preset")
     stage = DvaeStage(run, args.data, mix=args.mix, block_order=args.block_order)
     engine = engines.make(stage.build, run, args.deepspeed_config)
-    engines.leave(engine, loop.train(stage, engine, args.out))
+    engines.leave(engine, loop.train(stage, engine, args.out, wished))
 
 
 if __name__ == "__main__":

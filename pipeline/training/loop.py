@@ -22,7 +22,9 @@ from pipeline.training.engine import Engine
 from pipeline.training.guard import BACK, GO, Guard, looking_for_bad_numbers
 from pipeline.training.pace import Pace, peak_gib
 from pipeline.training.telemetry import Telemetry
+from pipeline.training.wandb_board import WandbBoard
 from pipeline.training.watch import LEFT, Watch
+from pipeline.training.wishes import Wishes
 from pipeline.weights import export
 
 Batch = TypeVar("Batch")
@@ -98,7 +100,7 @@ class Stage(ABC, Generic[Batch]):
         """Called on the first rank when the averaged weights are in ``out``."""
 
 
-def train(stage: Stage[Any], engine: Engine, out: Path) -> int:
+def train(stage: Stage[Any], engine: Engine, out: Path, wishes: Wishes | None = None) -> int:
     """Train to the preset's last update, from the newest checkpoint under ``out`` if there is one.
 
     Returns:
@@ -114,10 +116,10 @@ def train(stage: Stage[Any], engine: Engine, out: Path) -> int:
             held.enter_context(_alone_in(out))
         engine.barrier()
         watch = held.enter_context(Watch(out, engine.rank, stage.run.patience_s))
-        return _train(stage, engine, out, watch)
+        return _train(stage, engine, out, watch, wishes or Wishes())
 
 
-def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch) -> int:
+def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch, wishes: Wishes) -> int:
     run = stage.run
     session = _Session(stage, engine, out, watch)
     session.resume()
@@ -130,9 +132,9 @@ def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch) -> int:
         return 0
     (out / DONE).unlink(missing_ok=True)
     pace = Pace(run, engine.world, engine.device, engine.compute_dtype, engine.updates)
-    session.telemetry = Telemetry(
-        out, stage.name, run.steps, engine.updates, speaks=engine.rank == 0, pace=pace
-    )
+    speaks = engine.rank == 0
+    wandb = WandbBoard(wishes.wandb, out, as_dict(run)) if wishes.wandb and speaks else None
+    session.telemetry = Telemetry(out, stage.name, run.steps, engine.updates, speaks, pace, wandb)
     try:
         while engine.updates < run.steps:
             if not session.run():

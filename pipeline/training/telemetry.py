@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.console import Bar, logger
 from pipeline.files import write_bytes
 from pipeline.training.pace import Pace, said
+from pipeline.training.wandb_board import WandbBoard
 
 
 class Telemetry:
@@ -20,14 +21,21 @@ class Telemetry:
     """
 
     def __init__(
-        self, out: Path, name: str, steps: int, done: int, speaks: bool, pace: Pace
+        self,
+        out: Path,
+        name: str,
+        steps: int,
+        done: int,
+        speaks: bool,
+        pace: Pace,
+        wandb: WandbBoard | None = None,
     ) -> None:
         self._speaks, self.pace = speaks, pace
         self._log = logger(name)
         if not speaks:
             return
         self._start = time.monotonic()
-        self._out, self._name, self._steps = out, name, steps
+        self._out, self._name, self._steps, self._wandb = out, name, steps, wandb
         self._open(done)
 
     def _open(self, done: int) -> None:
@@ -44,7 +52,7 @@ class Telemetry:
         """Take back what was told of the updates after ``step``."""
         self.pace.restart(step)
         if self._speaks:
-            self.close()
+            self._shut()
             self._open(step)
 
     def figures(self, kind: str, step: int, values: dict[str, float]) -> None:
@@ -57,6 +65,8 @@ class Telemetry:
         self._file.write(json.dumps(event) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.figures(kind, step, values)
         if kind == "val":
             self._log.info("step=%d validation %s", step, _line(values))
 
@@ -74,10 +84,16 @@ class Telemetry:
 
     def close(self) -> None:
         """Flush and close everything."""
-        if self._speaks:
-            self.bar.close()
-            self._file.close()
-            self._board.close()
+        if not self._speaks:
+            return
+        self._shut()
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def _shut(self) -> None:
+        self.bar.close()
+        self._file.close()
+        self._board.close()
 
 
 def _line(values: dict[str, float]) -> str:

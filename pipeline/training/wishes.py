@@ -1,0 +1,38 @@
+"""What a user may ask to see of a run, beside its metrics: flags of both trainings."""
+
+import argparse
+from dataclasses import dataclass
+
+from pipeline.console import InputError
+from pipeline.training import wandb_board
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """Nothing, unless it is asked for.
+
+    Args:
+        wandb: the project of Weights & Biases that is told of the run.
+    """
+
+    wandb: str | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``Wishes``."""
+    parser.add_argument(
+        "--wandb", metavar="PROJECT", help="tell Weights & Biases too (pip install wandb)"
+    )
+
+
+def of(args: argparse.Namespace) -> Wishes:
+    """What the command line asks for.
+
+    Raises:
+        InputError: what cannot be had.
+    """
+    if args.wandb is not None:
+        if not args.wandb.strip():
+            raise InputError("--wandb is empty; name a project")
+        wandb_board.check_installed()
+    return Wishes(wandb=args.wandb)
