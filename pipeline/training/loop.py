@@ -21,6 +21,7 @@ from pipeline.training import checkpoint
 from pipeline.training.engine import Engine
 from pipeline.training.guard import BACK, GO, Guard, looking_for_bad_numbers
 from pipeline.training.pace import Pace, peak_gib
+from pipeline.training.profile import Profile
 from pipeline.training.telemetry import Telemetry
 from pipeline.training.wandb_board import WandbBoard
 from pipeline.training.watch import LEFT, Watch
@@ -135,10 +136,13 @@ def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch, wishes: W
     speaks = engine.rank == 0
     wandb = WandbBoard(wishes.wandb, out, as_dict(run)) if wishes.wandb and speaks else None
     session.telemetry = Telemetry(out, stage.name, run.steps, engine.updates, speaks, pace, wandb)
+    n_profiled = wishes.profile if speaks else 0
+    session.profile = Profile(n_profiled, out, engine.device, engine.world)
     try:
         while engine.updates < run.steps:
             if not session.run():
                 return LEFT
+        session.profile.close()
     finally:
         session.telemetry.close()
     _finish(stage, engine, out)
@@ -149,6 +153,7 @@ class _Session(Generic[Batch]):
     """A run from where it is: batches in, updates, and what is due after each."""
 
     telemetry: Telemetry
+    profile: Profile
 
     def __init__(self, stage: Stage[Batch], engine: Engine, out: Path, watch: Watch) -> None:
         self.stage, self.engine, self.out, self.watch = stage, engine, out, watch
@@ -189,7 +194,9 @@ class _Session(Generic[Batch]):
         engine.model.train()
         with closing(prefetch(map(stage.micro_batches, itertools.count(first, run.batch)))) as data:
             while engine.updates < run.steps:
-                batches, is_asked = _next(engine, data, self.watch.asked is not None)
+                self.profile.begin()
+                with self.profile.part("data"):
+                    batches, is_asked = _next(engine, data, self.watch.asked is not None)
                 if is_asked:
                     self.save()
                     log.info(
@@ -200,7 +207,9 @@ class _Session(Generic[Batch]):
                     return False
                 if engine.scales is not None:
                     engine.scales.looks = _is_validated(run, engine.updates + 1)
-                if not self._update(batches):
+                is_good = self._update(batches)
+                self.profile.end(engine.updates)
+                if not is_good:
                     self._go_back()
                     return True
                 with self.telemetry.pace.away():
@@ -217,7 +226,8 @@ class _Session(Generic[Batch]):
             verdict = guard.judge(figures["loss"])
         if verdict == GO:
             lr = self.stage.lr(engine.updates)
-            norm = engine.update(lr)
+            with self.profile.part("optimizer"):
+                norm = engine.update(lr)
             told = self._told(figures, lr, norm)
             if (verdict := guard.judge_norm(norm)) != GO:
                 self._leave_out(batches, f"its gradient's norm is {norm}")
@@ -267,8 +277,10 @@ class _Session(Generic[Batch]):
         totals = engine.sum(counts.to(engine.device))
         self._sums = {}
         for batch in batches:
-            share, figures = stage.loss(engine, batch, totals, step)
-            engine.backward(share)
+            with self.profile.part("forward"):
+                share, figures = stage.loss(engine, batch, totals, step)
+            with self.profile.part("backward"):
+                engine.backward(share)
             for name, value in {"loss": share, **figures}.items():
                 value = value.detach().float()
                 self._sums[name] = self._sums[name] + value if name in self._sums else value

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass
 
 from pipeline.console import InputError
-from pipeline.training import wandb_board
+from pipeline.training import profile, wandb_board
 
 
 @dataclass(frozen=True)
@@ -13,9 +13,11 @@ class Wishes:
 
     Args:
         wandb: the project of Weights & Biases that is told of the run.
+        profile: updates whose time is taken apart.
     """
 
     wandb: str | None = None
+    profile: int = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wandb", metavar="PROJECT", help="tell Weights & Biases too (pip install wandb)"
     )
+    parser.add_argument(
+        "--profile", type=int, metavar="N", default=0,
+        help="take the time of N updates apart, from the fifth on, into profile.json",
+    )  # fmt: skip
 
 
 def of(args: argparse.Namespace) -> Wishes:
@@ -35,4 +41,6 @@ def of(args: argparse.Namespace) -> Wishes:
         if not args.wandb.strip():
             raise InputError("--wandb is empty; name a project")
         wandb_board.check_installed()
-    return Wishes(wandb=args.wandb)
+    if not 0 <= args.profile <= profile.MOST:
+        raise InputError(f"--profile is {args.profile}; take 1 to {profile.MOST} updates")
+    return Wishes(wandb=args.wandb, profile=args.profile)
