@@ -142,9 +142,9 @@ def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch, wishes: W
         while engine.updates < run.steps:
             if not session.run():
                 return LEFT
-        session.profile.close()
     finally:
         session.telemetry.close()
+        session.profile.close()
     _finish(stage, engine, out)
     return 0
 

@@ -111,15 +111,18 @@ class Profile:
             self._wait()
 
     def close(self) -> None:
-        """The run ends, whether or not all was recorded."""
-        if self._n and len(self._walls) < FIRST:
-            log.warning(
-                "--profile: the run ended after %d updates and the first recorded one is number "
-                "%d: there is no profile.json", len(self._walls), FIRST,
-            )  # fmt: skip
-            self._n = 0
-        if self._n:
+        """The run ends; a recording that still goes on would crash the process."""
+        if not self._n:
+            return
+        if len(self._walls) >= FIRST:
             self._write()
+            return
+        if self._profiler is not None:
+            self._profiler.stop()
+        log.warning(
+            "--profile: the run ended after %d updates and the first recorded one is number %d: "
+            "there is no profile.json", len(self._walls), FIRST,
+        )  # fmt: skip
 
     def _start(self) -> Any:
         activities = [ProfilerActivity.CPU]
@@ -136,11 +139,11 @@ class Profile:
     def _write(self) -> None:
         self._profiler.stop()
         events = self._profiler.profiler.kineto_results.events()
-        shares = take_apart(events, on_gpu=self._device.type == "cuda")
+        on_gpu, n = self._device.type == "cuda", len(self._walls) - FIRST + 1
+        shares = take_apart(events, n, on_gpu=on_gpu)
         self._profiler, self._n = None, 0
         # the first waits for the first batch, and compiles what is to be compiled
         before, recorded = self._walls[1 : FIRST - 1], self._walls[FIRST - 1 :]
-        n = len(recorded)
         found = {
             "updates": self._updates[FIRST - 1 :],
             "update_s": sum(recorded) / n,
@@ -171,8 +174,8 @@ def table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def take_apart(events: Iterable[Any], *, on_gpu: bool) -> Shares:
-    """Parts of the marked updates, from torch.profiler's events (``_KinetoEvent``)."""
+def take_apart(events: Iterable[Any], n: int, *, on_gpu: bool) -> Shares:
+    """Parts of the first ``n`` updates, from torch.profiler's events (``_KinetoEvent``)."""
     events = list(events)
     marks: dict[str, list[tuple[int, int]]] = {}
     thread = None
@@ -180,12 +183,11 @@ def take_apart(events: Iterable[Any], *, on_gpu: bool) -> Shares:
         if e.name().startswith(MARK) and e.device_type().name == "CPU":
             marks.setdefault(e.name().removeprefix(MARK), []).append((e.start_ns(), e.end_ns()))
             thread = e.start_thread_id()
-    updates = joined(marks.get(UPDATE, []))
+    updates = joined(sorted(marks.get(UPDATE, []))[:n])
     sending, computing = _on_gpu(events) if on_gpu else _on_cpu(events, thread)
     alone = within(without(sending, computing), updates)
     parts, rest = {}, updates
     for name in PARTS:
-        # a part of an update that was not finished is none of these
         spans = within(joined(marks.get(name, [])), updates)
         parts[name] = length(without(spans, alone))
         rest = without(rest, spans)

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.console import InputError
 from pipeline.train_dalle import DalleStage
-from pipeline.training import loop, profile, wishes
+from pipeline.training import loop, profile, watch, wishes
 from pipeline.training.engine import PlainEngine
 from pipeline.training.profile import joined, length, take_apart, within, without
 from pipeline.training.wishes import Wishes
@@ -89,6 +89,14 @@ def test_a_run_that_ends_before_its_time_says_what_there_is(tiny, tmp_path, one_
     assert not (tmp_path / "shorter" / "profile.json").exists()
 
 
+def test_a_run_that_is_asked_to_leave_leaves_in_good_order(tiny, tmp_path):
+    done = runs.plain(
+        "dalle", *arguments("dalle", tiny, tmp_path, "dalle_asked_to_leave", profile=50)
+    )  # fmt: skip
+    assert done.returncode == watch.LEFT, done.stderr
+    assert read(tmp_path)["updates"] == [5, 6, 7]
+
+
 @pytest.mark.parametrize("n", [-1, 101])
 def test_a_number_of_updates_is_a_sentence(n):
     parser = argparse.ArgumentParser()
@@ -157,6 +165,7 @@ MARKS = [
     Event("daikon::backward", 40, 80),
     Event("daikon::optimizer", 85, 95),
     # of an update that was not finished
+    Event("daikon::update", 200, 220),
     Event("daikon::data", 200, 210),
 ]
 
@@ -179,6 +188,7 @@ def test_on_a_cpu_a_collective_counts_where_nothing_is_computed():
             # of a validation
             Event("gloo:all_reduce", 150, 160, thread=2),
         ],
+        1,
         on_gpu=False,
     )
     assert shares.parts == {
@@ -199,6 +209,7 @@ def test_on_a_gpu_kernels_count_and_not_their_launches():
             Event("daikon::forward", 10, 40, device="CUDA", annotation=True),
             Event("ncclDevKernel_ReduceScatter", 60, 75, device="CUDA"),
         ],
+        1,
         on_gpu=True,
     )
     assert shares.parts == {
