@@ -13,22 +13,25 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from pipeline.files import FULL
 
 T = TypeVar("T")
 
 SECONDS_TO_SPEAK = 3.0  # that the other ranks leave to the first one
+WIDE = 150  # columns of a terminal that has room for a bar and many words
 SECONDS_BETWEEN_LINES = 15.0  # of progress, where the output is a file and no terminal
 
 
@@ -45,11 +48,22 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") in ("", "0")
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what is standard error at the moment: a bar puts something in its place.
+
+    Lines then come above the bar and not into it.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def logger(name: str) -> logging.Logger:
     """A logger that says ``[name] 12:00:01 message`` on standard error, on rank 0 only."""
     log = logging.getLogger(f"daikon.{name}")
     if not log.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Stderr()
         handler.setFormatter(logging.Formatter(f"[{name}] %(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
         log.propagate = False
@@ -68,11 +82,41 @@ def a_path(text: str) -> Path:
     return Path(text)
 
 
-class Bar:
-    """A progress bar on a terminal, a line now and then elsewhere, nothing on other ranks."""
+def duration(seconds: float) -> str:
+    """In two units: "40 s", "1h05m", "3d11h"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    days, hours_left = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours_left:02d}h"
+    if hours:
+        return f"{hours}h{minutes_left:02d}m"
+    return f"{minutes}m{s:02d}s" if minutes else f"{s} s"
 
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
+
+class _Left(TimeRemainingColumn):
+    """The time left, as whoever advances the bar estimates it; else rich's own estimate."""
+
+    def render(self, task: Task) -> Text:
+        left_s = task.fields["left_s"]
+        if left_s is None:
+            return super().render(task)
+        return Text(duration(left_s), style="progress.remaining", no_wrap=True)
+
+
+class Bar:
+    """A progress bar on a terminal, a line now and then elsewhere, nothing on other ranks.
+
+    Args:
+        what: is counted.
+        total: of them.
+        done: before.
+        says_much: beside the bar: on a narrow terminal the words take its place.
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0, *, says_much: bool = False) -> None:
         self.what, self.total, self.done, self.note = what, total, done, ""
+        self.left_s: float | None = None
         self._log = logger("progress")
         self._start = self._spoke = time.monotonic()
         self._first = done
@@ -80,24 +124,34 @@ class Bar:
         if is_first_rank() and sys.stderr.isatty():
             from rich.console import Console
 
+            console = Console(stderr=True)
+            is_narrow = says_much and console.width < WIDE
+            drawn = () if is_narrow else (BarColumn(), TimeElapsedColumn())
             self._rich = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
                 MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
+                *drawn,
+                _Left(),
                 TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
+                console=console,
             )
-            self._task = self._rich.add_task(what, total=total, completed=done, note="")
+            self._task = self._rich.add_task(
+                what, total=total, completed=done, note="", left_s=None
+            )
             self._rich.start()
 
-    def advance(self, n: int = 1, note: str = "") -> None:
-        """Count ``n`` more as done and show ``note`` beside the bar."""
+    def advance(self, n: int = 1, note: str = "", left_s: float | None = None) -> None:
+        """Count ``n`` more as done and show ``note`` beside the bar.
+
+        Args:
+            n: done.
+            note: what else there is to say.
+            left_s: seconds to the end; None for the mean speed since the start.
+        """
         self.done += n
-        self.note = note
+        self.note, self.left_s = note, left_s
         if self._rich is not None:
-            self._rich.update(self._task, completed=self.done, note=note)
+            self._rich.update(self._task, completed=self.done, note=note, left_s=left_s)
         elif time.monotonic() - self._spoke > SECONDS_BETWEEN_LINES:
             self._say()
 
@@ -105,7 +159,10 @@ class Bar:
         self._spoke = time.monotonic()
         elapsed = self._spoke - self._start
         rate = (self.done - self._first) / max(elapsed, 1e-9)
-        left = f", {(self.total - self.done) / rate:.0f} s left" if rate > 0 else ""
+        left_s = self.left_s
+        if left_s is None and rate > 0:
+            left_s = (self.total - self.done) / rate
+        left = "" if left_s is None else f", {duration(left_s)} left"
         self._log.info(
             "%s %d/%d, %.0f s%s  %s", self.what, self.done, self.total, elapsed, left, self.note
         )

@@ -9,7 +9,6 @@ checker reads every sample back and the page says how often it shows what its ca
 """
 
 import argparse
-import base64
 import html
 import io
 import json
@@ -25,7 +24,9 @@ from pipeline.console import InputError, a_path, command, logger
 from pipeline.data.images import centre_crop
 from pipeline.data.pictures import to_uint8
 from pipeline.data.shards import ShardReader
-from pipeline.evaluation import scenes
+from pipeline.evaluation import page, scenes
+from pipeline.evaluation.curves import HeatMap, Panel, draw, line
+from pipeline.evaluation.metrics import Events, last, read_metrics
 from pipeline.files import write_bytes, write_json
 from pipeline.models.dvae import DiscreteVAE, load_dvae
 
@@ -35,31 +36,6 @@ RENDERS, RECONSTRUCTIONS = "true renders", "dVAE reconstructions"
 WORDS = ("colour", "shape", "place")  # what caption accuracy means in the demo
 CHECKED = 512  # pictures that the checker reads for the accuracy of renders and reconstructions
 SHOWN = 24  # samples on the page, of each set
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The events of a run's metrics.jsonl.
-
-    Raises:
-        InputError: no such file, or a line that is no event.
-    """
-    path = run / "metrics.jsonl"
-    try:
-        events = [json.loads(line) for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); was {run} trained?") from error
-    except ValueError as error:
-        raise InputError(f"{path} has a line that is no JSON: {error}") from error
-    for i, event in enumerate(events):
-        if not isinstance(event, dict) or not {"kind", "step"} <= set(event):
-            raise InputError(f"{path}: line {i + 1} is no event of a run; delete the line")
-    return events
-
-
-def last(events: list[dict[str, Any]], kind: str) -> dict[str, float]:
-    """The figures of the last event of a kind."""
-    found = [e for e in events if e["kind"] == kind]
-    return {k: v for k, v in found[-1].items() if k not in ("kind", "time_s")} if found else {}
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
@@ -131,65 +107,15 @@ def reconstruct(dvae: DiscreteVAE, pairs: ShardReader) -> list[tuple[str, np.nda
     return rows
 
 
-def curves(runs: dict[str, list[dict[str, Any]]], wanted: dict[str, tuple[str, ...]]) -> bytes:
-    """A PNG with one panel a run: the wanted figures over the updates, validation as dots."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 3.4), squeeze=False)
-    for axis, (name, events) in zip(axes[0], runs.items(), strict=True):
-        for key in wanted[name]:
-            for kind, style in (("train", "-"), ("val", "o")):
-                points = [(e["step"], e[key]) for e in events if e["kind"] == kind and key in e]
-                if points:
-                    axis.plot(*zip(*points, strict=True), style, label=f"{kind} {key}", ms=4, lw=1)
-        axis.set_title(name)
-        axis.set_xlabel("update")
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.tight_layout()
-    figure.savefig(buffer, dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()
-
-
 def _png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def _img(png: bytes, alt: str, css: str = "") -> str:
-    data = base64.b64encode(png).decode()
-    return f'<img class="{css}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows
-    )
-    return f"<table><tr>{cells}</tr>{body}</table>"
-
-
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222}
-h1{margin-bottom:0}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}
-table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.25rem .9rem;text-align:right;
-border-bottom:1px solid #eee}td:first-child,th:first-child{text-align:left}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:14px}
-figure{margin:0}figcaption{font-size:12px;line-height:1.3;color:#444}
-.pixel{image-rendering:pixelated;width:100%;max-width:150px}.wide{max-width:100%}
-.sheet{image-rendering:pixelated;width:100%;max-width:900px}
-"""
-
-
 def _samples_section(name: str, rows: list[dict[str, Any]]) -> str:
     figures = "".join(
-        f"<figure>{_img(_png(row['image']), row['caption'], 'pixel')}"
+        f"<figure>{page.img(_png(row['image']), row['caption'], 'pixel')}"
         f"<figcaption>{html.escape(row['caption'])}</figcaption></figure>"
         for row in rows[:SHOWN]
     )
@@ -209,7 +135,7 @@ def _accuracy_section(accuracy: dict[str, dict[str, float] | None]) -> str:
     return (
         "<h2>Caption accuracy</h2><p>A checker without any learning reads each picture back; "
         "a word counts when it reads what the caption says. By chance: colour 17 %, shape 25 %, "
-        "place 20 %.</p>" + _table(["pictures", "n", *words], rows)
+        "place 20 %.</p>" + page.table(["pictures", "n", *words], rows)
     )
 
 
@@ -217,7 +143,7 @@ def _accuracy_section(accuracy: dict[str, dict[str, float] | None]) -> str:
 class Story:
     """All that the page tells."""
 
-    metrics: dict[str, list[dict[str, Any]]]
+    metrics: dict[str, Events]
     samples: dict[str, list[dict[str, Any]]]
     accuracy: dict[str, dict[str, float] | None]
     reconstructions: bytes  # PNG
@@ -252,10 +178,13 @@ class Story:
 
     def page(self) -> str:
         """report.html."""
-        curve = {"dvae": ("loss", "hard_elbo", "relaxed_elbo"), "dalle": ("text", "image")}
+        wanted = {"dvae": ("loss", "hard_elbo", "relaxed_elbo"), "dalle": ("text", "image")}
+        curves: list[Panel | HeatMap] = [
+            Panel(name, tuple(line(self.metrics[name], n, n, i) for i, n in enumerate(figures)))
+            for name, figures in wanted.items()
+        ]
         use = {"codes_used": 0.0, "perplexity": 0.0, "psnr_db": 0.0, **self.vals["dvae"]}
         parts = [
-            f"<!doctype html><meta charset='utf-8'><title>Daikon</title><style>{STYLE}</style>",
             "<h1>From captioned pictures to new pictures</h1>",
             f"<p>{sum(len(rows) for rows in self.samples.values())} pictures drawn, "
             f"{sum(self.seconds.values()) / 60:.1f} minutes in all, at most "
@@ -266,13 +195,13 @@ class Story:
             "<p>Rows of held-out pictures, each above what the decoder makes of their codes. "
             f"{use['codes_used']:.0f} of {self.n_vocab} codes used, perplexity "
             f"{use['perplexity']:.1f}, {use['psnr_db']:.1f} dB.</p>",
-            _img(self.reconstructions, "originals above reconstructions", "sheet"),
+            page.img(self.reconstructions, "originals above reconstructions", "sheet"),
             "<h2>Curves</h2>",
-            _img(curves(self.metrics, curve), "losses of both stages", "wide"),
+            page.img(draw(curves), "losses of both stages", "wide"),
             "<h2>Time by stage</h2>",
-            _table(["stage", "seconds"], [[n, f"{s:.0f}"] for n, s in self.seconds.items()]),
+            page.table(["stage", "seconds"], [[n, f"{s:.0f}"] for n, s in self.seconds.items()]),
         ]
-        return "\n".join(parts)
+        return page.page("Daikon", *parts)
 
 
 def read_story(

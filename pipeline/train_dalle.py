@@ -24,8 +24,7 @@ from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.models.dalle import NO_TOKEN, Dalle, nll_sums, z_sums
 from pipeline.models.dvae import load_dvae
-from pipeline.training import ds_config, loop, processes
-from pipeline.training.checkpoint import Keeping
+from pipeline.training import ds_config, loop, processes, wishes
 from pipeline.training.engine import Engine
 from pipeline.training.schedules import LearningRate
 from pipeline.training.zero import make_engine
@@ -238,9 +237,10 @@ def main() -> None:
         choices=list(BACKENDS),
         help="path of the attention patterns; without: the fastest that can run, said in the log",
     )
-    Keeping.add_arguments(parser)
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
+    wishes.add_arguments(parser)
     args = parser.parse_args()
+    wished = wishes.of(args)
     run = presets.load(args.preset)
     if not isinstance(run, DalleRun):
         raise InputError(f"{args.preset} trains the dVAE; stage 2 takes a dalle preset")
@@ -258,9 +258,8 @@ def main() -> None:
     )
     if args.dvae:
         check_dvae(stage.data.readers[0], args.dvae)
-    keeping = Keeping.of(args)
     engine = make_engine(stage.build, run, args.deepspeed_config)
-    processes.leave(loop.train(stage, engine, args.out, keeping))
+    processes.leave(loop.train(stage, engine, args.out, wished))
 
 
 if __name__ == "__main__":

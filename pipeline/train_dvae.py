@@ -24,8 +24,7 @@ from pipeline.data.loader import PairLoader, sample_seed
 from pipeline.data.pictures import save_png, tile, to_uint8
 from pipeline.data.sets import BLOCK_HELP, MIX_HELP, Data
 from pipeline.models.dvae import DiscreteVAE, load_dvae
-from pipeline.training import loop, processes
-from pipeline.training.checkpoint import Keeping
+from pipeline.training import loop, processes, wishes
 from pipeline.training.engine import Engine
 from pipeline.training.schedules import at
 from pipeline.training.zero import make_engine
@@ -277,16 +276,16 @@ def main() -> None:
     parser.add_argument("--block-order", action="store_true", help=BLOCK_HELP)
     parser.add_argument("--out", required=True, type=a_path)
     parser.add_argument("--deepspeed_config", help="JSON of ds_configs/; without: plain PyTorch")
-    Keeping.add_arguments(parser)
     parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
+    wishes.add_arguments(parser)
     args = parser.parse_args()
+    wished = wishes.of(args)
     run = presets.load(args.preset)
     if not isinstance(run, DvaeRun):
         raise InputError(f"{args.preset} trains the transformer; stage 1 takes a dvae preset")
     stage = DvaeStage(run, args.data, mix=args.mix, block_order=args.block_order)
-    keeping = Keeping.of(args)
     engine = make_engine(stage.build, run, args.deepspeed_config)
-    processes.leave(loop.train(stage, engine, args.out, keeping))
+    processes.leave(loop.train(stage, engine, args.out, wished))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from pipeline.training.memory import (
     largest_micro_batch,
     micro_batches,
 )
+from pipeline.training.peaks import H100_SXM
 
 # assumptions, until they are measured on the machine at hand
 TFLOPS = 400.0  # that a GPU sustains in matrix products: an H100 or H200 here, dense bfloat16
-PEAK_TFLOPS = 989.0  # of an H100 or H200, dense bfloat16 (NVIDIA's data sheet)
+PEAK_TFLOPS = H100_SXM  # which an H200 has too, dense bfloat16
 MFU = 0.4  # share of that peak which the paper's sanity numbers take, without recomputation
 FABRIC_GBPS = 45.0  # GB/s a GPU in collectives between nodes: InfiniBand of 400 Gb/s a GPU
 NODE_GBPS = 370.0  # GB/s a GPU in collectives inside a node: NVLink of an H100
@@ -143,18 +144,26 @@ def _traffic_of_nodes(found: Estimate, machine: Machine, stored: str, sent: str)
     return Traffic(gathered, scattered, 0, seconds, summed)
 
 
-def work(run: DalleRun, found: Estimate, machine: Machine) -> Work:
-    """Matrix products of an update: twice the forward pass backward, once more computed again."""
+def model_flops(run: DalleRun) -> float:
+    """Floating-point operations of an update: forward, and twice that backward."""
     model = run.model
     heads = model.n_text * model.n_text_vocab + model.n_image * model.n_image_vocab
+    return float(run.batch * 3 * (_flops_of_blocks(run) + 2 * heads * model.d_model))
+
+
+def _flops_of_blocks(run: DalleRun) -> int:
+    """Of all layers, forward, a picture."""
+    model = run.model
     pairs = sum(pattern.pairs() for pattern in layer_patterns(model))
     # a multiplication and an addition an element; scores and weighted sums of visible pairs
-    matrices = 2 * model.matrix_parameters * model.n_ctx
-    forward = matrices + 4 * pairs * model.d_model + 2 * heads * model.d_model
-    again = matrices + 4 * pairs * model.d_model if found.recompute else 0
-    hardware = float(run.batch * (3 * forward + again))
-    seconds = hardware / machine.gpus / (machine.tflops * 1e12)
-    return Work(float(run.batch * 3 * forward), hardware, seconds)
+    return 2 * model.matrix_parameters * model.n_ctx + 4 * pairs * model.d_model
+
+
+def work(run: DalleRun, found: Estimate, machine: Machine) -> Work:
+    """Matrix products of an update, with the layers once more where they are computed again."""
+    again = _flops_of_blocks(run) if found.recompute else 0
+    hardware = model_flops(run) + run.batch * again
+    return Work(model_flops(run), hardware, hardware / machine.gpus / (machine.tflops * 1e12))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import fcntl
 import itertools
 import math
-import resource
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -22,8 +21,12 @@ from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Keeping
 from pipeline.training.engine import Engine
 from pipeline.training.guard import BACK, GO, Guard, looking_for_bad_numbers
+from pipeline.training.pace import Pace, peak_gib
+from pipeline.training.profile import Profile
 from pipeline.training.telemetry import Telemetry
+from pipeline.training.wandb_board import WandbBoard
 from pipeline.training.watch import LEFT, Watch
+from pipeline.training.wishes import Wishes
 from pipeline.weights import export
 
 Batch = TypeVar("Batch")
@@ -99,7 +102,7 @@ class Stage(ABC, Generic[Batch]):
         """Called on the first rank when the averaged weights are in ``out``."""
 
 
-def train(stage: Stage[Any], engine: Engine, out: Path, keeping: Keeping | None = None) -> int:
+def train(stage: Stage[Any], engine: Engine, out: Path, wishes: Wishes | None = None) -> int:
     """Train to the preset's last update, from the newest checkpoint under ``out`` if there is one.
 
     Returns:
@@ -115,13 +118,13 @@ def train(stage: Stage[Any], engine: Engine, out: Path, keeping: Keeping | None 
             held.enter_context(_alone_in(out))
         engine.barrier()
         watch = held.enter_context(Watch(out, engine.rank, stage.run.patience_s))
-        return _train(stage, engine, out, watch, keeping or Keeping())
+        return _train(stage, engine, out, watch, wishes or Wishes())
 
 
-def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch, keeping: Keeping) -> int:
+def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch, wishes: Wishes) -> int:
     run = stage.run
-    session = _Session(stage, engine, out, watch, keeping)
-    keeping.check(out, has_resumed=session.resume())
+    session = _Session(stage, engine, out, watch, wishes.keeping)
+    wishes.keeping.check(out, has_resumed=session.resume())
     stage.prepare(engine)
     if engine.rank == 0:
         stage.accompany(out)
@@ -130,9 +133,12 @@ def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch, keeping: 
         _finish(stage, engine, out)
         return 0
     (out / DONE).unlink(missing_ok=True)
-    session.telemetry = Telemetry(
-        out, stage.name, run.steps, engine.updates, speaks=engine.rank == 0
-    )
+    pace = Pace(run, engine.world, engine.device, engine.compute_dtype, engine.updates)
+    speaks = engine.rank == 0
+    wandb = WandbBoard(wishes.wandb, out, as_dict(run)) if wishes.wandb and speaks else None
+    session.telemetry = Telemetry(out, stage.name, run.steps, engine.updates, speaks, pace, wandb)
+    n_profiled = wishes.profile if speaks else 0
+    session.profile = Profile(n_profiled, out, engine.device, engine.world)
     try:
         while engine.updates < run.steps:
             if not session.run():
@@ -140,6 +146,7 @@ def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch, keeping: 
         session.wait_for_save()
     finally:
         session.telemetry.close()
+        session.profile.close()
     _finish(stage, engine, out)
     return 0
 
@@ -148,6 +155,7 @@ class _Session(Generic[Batch]):
     """A run from where it is: batches in, updates, and what is due after each."""
 
     telemetry: Telemetry
+    profile: Profile
 
     def __init__(
         self,
@@ -208,7 +216,9 @@ class _Session(Generic[Batch]):
         with closing(prefetch(map(stage.micro_batches, itertools.count(first, run.batch)))) as data:
             while engine.updates < run.steps:
                 problem = self._save.problem if self._save else None
-                batches, is_asked = _next(engine, data, self.watch.asked is not None, problem)
+                self.profile.begin()
+                with self.profile.part("data"):
+                    batches, is_asked = _next(engine, data, self.watch.asked is not None, problem)
                 if is_asked:
                     self.save()
                     self.wait_for_save()
@@ -220,10 +230,13 @@ class _Session(Generic[Batch]):
                     return False
                 if engine.scales is not None:
                     engine.scales.looks = _is_validated(run, engine.updates + 1)
-                if not self._update(batches):
+                is_good = self._update(batches)
+                self.profile.end(engine.updates)
+                if not is_good:
                     self._go_back()
                     return True
-                self._after_update()
+                with self.telemetry.pace.away():
+                    self._after_update()
                 self.watch.beat()
         return True
 
@@ -236,7 +249,8 @@ class _Session(Generic[Batch]):
             verdict = guard.judge(figures["loss"])
         if verdict == GO:
             lr = self.stage.lr(engine.updates)
-            norm = engine.update(lr)
+            with self.profile.part("optimizer"):
+                norm = engine.update(lr)
             told = self._told(figures, lr, norm)
             if (verdict := guard.judge_norm(norm)) != GO:
                 self._leave_out(engine.updates, batches, f"its gradient's norm is {norm}")
@@ -285,8 +299,10 @@ class _Session(Generic[Batch]):
         totals = engine.sum(counts.to(engine.device))
         self._sums = {}
         for batch in batches:
-            share, figures = stage.loss(engine, batch, totals, step)
-            engine.backward(share)
+            with self.profile.part("forward"):
+                share, figures = stage.loss(engine, batch, totals, step)
+            with self.profile.part("backward"):
+                engine.backward(share)
             for name, value in {"loss": share, **figures}.items():
                 value = value.detach().float()
                 self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -327,7 +343,9 @@ class _Session(Generic[Batch]):
             with _said_by_this_rank():
                 held_out = stage.validate(engine, self.out)
             self.telemetry.figures("val", step, held_out)
-            self.telemetry.figures("machine", step, {"peak_gib": _peak_gib(engine)})
+            # of all ranks together
+            peak = engine.sum(torch.tensor(peak_gib(engine.device), device=engine.device))
+            self.telemetry.figures("machine", step, {"peak_gib": float(peak)})
             if engine.scales is not None:
                 zeros = engine.sum(engine.scales.zeros.to(engine.device))
                 self.telemetry.figures("blocks", step, engine.scales.by_block(zeros))
@@ -398,16 +416,6 @@ def _next(
             "another rank cannot read its samples, or write its checkpoint: its own line says why"
         )
     return batches, n_asked > 0
-
-
-def _peak_gib(engine: Engine) -> float:
-    """The most host memory that the ranks held so far, added up; with a GPU, its memory instead."""
-    if engine.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(engine.device) / 2**30
-    else:
-        # Linux counts in KiB
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return float(engine.sum(torch.tensor(peak, device=engine.device)))
 
 
 @contextmanager

@@ -7,23 +7,35 @@ from typing import Any
 
 from pipeline.console import Bar, logger
 from pipeline.files import write_bytes
+from pipeline.training.pace import Pace, said
+from pipeline.training.wandb_board import WandbBoard
 
 
 class Telemetry:
     """Writes the figures of rank 0; silent elsewhere.
 
-    ``metrics.jsonl`` has a line an event: ``kind`` is "train", "val" or "machine", ``step`` the
-    updates made, and ``time_s`` the seconds of this process. Lines past a resumed step are taken
-    back, so the curve is one.
+    ``metrics.jsonl`` has a line an event: ``kind`` is "train", "val", "speed", "blocks" or
+    "machine", ``step`` the updates made, and ``time_s`` the seconds of this process. What hangs on
+    the clock or the machine stands in "speed" and "machine" alone: the others are the same in
+    every run. Lines past a resumed step are taken back, so the curve is one.
     """
 
-    def __init__(self, out: Path, name: str, steps: int, done: int, speaks: bool) -> None:
-        self._speaks = speaks
+    def __init__(
+        self,
+        out: Path,
+        name: str,
+        steps: int,
+        done: int,
+        speaks: bool,
+        pace: Pace,
+        wandb: WandbBoard | None = None,
+    ) -> None:
+        self._speaks, self.pace = speaks, pace
         self._log = logger(name)
         if not speaks:
             return
         self._start = time.monotonic()
-        self._out, self._name, self._steps = out, name, steps
+        self._out, self._name, self._steps, self._wandb = out, name, steps, wandb
         self._open(done)
 
     def _open(self, done: int) -> None:
@@ -34,12 +46,13 @@ class Telemetry:
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(self._out / "tensorboard"), purge_step=done)
-        self.bar = Bar(self._name, self._steps, done)
+        self.bar = Bar(self._name, self._steps, done, says_much=True)
 
     def back_to(self, step: int) -> None:
         """Take back what was told of the updates after ``step``."""
+        self.pace.restart(step)
         if self._speaks:
-            self.close()
+            self._shut()
             self._open(step)
 
     def figures(self, kind: str, step: int, values: dict[str, float]) -> None:
@@ -52,22 +65,35 @@ class Telemetry:
         self._file.write(json.dumps(event) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.figures(kind, step, values)
         if kind == "val":
             self._log.info("step=%d validation %s", step, _line(values))
 
     def update(self, step: int, values: dict[str, float] | None) -> None:
         """Update ``step`` is done; its ``values`` when they were due."""
-        if values is not None:
-            self.figures("train", step, values)
-        if self._speaks:
-            self.bar.advance(1, _line(values) if values else self.bar.note)
+        if not self._speaks:
+            return
+        if values is None:
+            self.bar.advance(1, self.bar.note, self.bar.left_s)
+            return
+        speed = self.pace.lap(step)
+        self.figures("train", step, values)
+        self.figures("speed", step, speed)
+        self.bar.advance(1, said(values, speed), self.pace.left_s)
 
     def close(self) -> None:
         """Flush and close everything."""
-        if self._speaks:
-            self.bar.close()
-            self._file.close()
-            self._board.close()
+        if not self._speaks:
+            return
+        self._shut()
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def _shut(self) -> None:
+        self.bar.close()
+        self._file.close()
+        self._board.close()
 
 
 def _line(values: dict[str, float]) -> str:

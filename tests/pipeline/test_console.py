@@ -1,9 +1,15 @@
 import argparse
+import contextlib
 import errno
+import fcntl
 import logging
 import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -153,6 +159,63 @@ def test_a_bar_says_where_it_is_now_and_then(monkeypatch):
     # what was done before does not count as speed: 20 in 20 s, 40 left
     assert said[0] == "train 60/100, 20 s, 40 s left  loss=1"
     assert len(said) == 2
+
+
+def test_whoever_knows_better_tells_the_time_left(monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging.getLogger("daikon.progress"), "info", lambda *a: lines.append(a))
+    with Bar("train", total=100) as bar:
+        bar.advance(10, "loss=2", left_s=7200)
+    ((form, *values),) = lines
+    assert ", 2h00m left  loss=2" in form % tuple(values)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (59.6, "1m00s"), (3599, "59m59s"), (3661, "1h01m"), (90000, "1d01h")],
+)
+def test_a_duration_has_two_units(seconds, said):
+    assert console.duration(seconds) == said
+
+
+def in_a_terminal(columns, script):
+    """The lines that a terminal of so many columns shows, those too that others came over."""
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "RANK")}
+    started = subprocess.Popen(
+        [sys.executable, "-c", script], stderr=writer, env=environment | {"TERM": "xterm"}
+    )
+    os.close(writer)
+    shown = b""
+    # the other side of a terminal that nobody holds any more cannot be read
+    with contextlib.suppress(OSError):
+        while some := os.read(reader, 65536):
+            shown += some
+    os.close(reader)
+    assert started.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+
+
+TALK = """
+from pipeline.console import Bar, logger
+with Bar("dalle", 430000, says_much=True) as bar:
+    bar.advance(123456, "loss 6.412 " + 5 * "words and " + "an end", left_s=46740.0)
+    logger("dalle").info("step=5 validation")
+"""
+
+
+def test_on_a_narrow_terminal_the_words_take_the_place_of_the_bar():
+    narrow, wide = in_a_terminal(100, TALK), in_a_terminal(200, TALK)
+    assert "━" not in narrow[-1]
+    assert "━" in wide[-1]
+    for shown in (narrow, wide):
+        # not into the bar, but above it
+        assert any(re.fullmatch(r".dalle. [\d:]+ step=5 validation", line) for line in shown)
+        assert shown[-1].startswith("dalle 123456/430000 ")
+        assert " 12h59m loss 6.412 words and" in shown[-1]
+        assert shown[-1].endswith("and an end")
 
 
 def test_an_empty_path_is_not_the_working_directory(capsys):

@@ -1,13 +1,20 @@
 import json
 
 import pytest
+import torch
 
+from pipeline.training.pace import Pace
 from pipeline.training.telemetry import Telemetry
 from tests import tiny
 
 
+def telemetry_of(out, done=0, speaks=True):
+    pace = Pace(tiny.dalle(), 1, torch.device("cpu"), torch.float32, done)
+    return Telemetry(out, "dalle", 100, done, speaks, pace)
+
+
 def record(out, steps, done=0):
-    telemetry = Telemetry(out, "dalle", 100, done, speaks=True)
+    telemetry = telemetry_of(out, done)
     for step in steps:
         telemetry.update(step, {"loss": 1 / step})
         if step % 5 == 0:
@@ -32,6 +39,28 @@ def test_lines_past_the_resumed_update_are_taken_back(tmp_path):
     assert [line["step"] for line in tiny.curve(tmp_path, "val")] == [5]
 
 
+def test_what_hangs_on_the_clock_has_lines_of_its_own(tmp_path):
+    record(tmp_path, range(1, 9))
+    record(tmp_path, range(6, 8), done=5)
+    speed = tiny.curve(tmp_path, "speed")
+    assert [line["step"] for line in speed] == [1, 2, 3, 4, 5, 6, 7]
+    assert all(set(line) >= {"seconds_an_update", "tokens_per_s", "peak_gib"} for line in speed)
+    assert all(set(line) == {"kind", "step", "loss"} for line in tiny.curve(tmp_path))
+
+
+def test_the_bar_says_what_was_told_last(tmp_path):
+    telemetry = telemetry_of(tmp_path)
+    telemetry.update(1, {"loss": 2.0, "lr": 1e-3, "gradient_norm": 1.0})
+    note, left_s = telemetry.bar.note, telemetry.bar.left_s
+    assert note.startswith("loss 2.000 lr 1.0e-3 ")
+    assert "tok/s" in note
+    assert "GiB" in note
+    assert left_s > 0
+    telemetry.update(2, None)
+    telemetry.close()
+    assert (telemetry.bar.note, telemetry.bar.left_s) == (note, left_s)
+
+
 @pytest.mark.parametrize("torn", ['{"kind": "train", "st', '{"kind": "train"}', "", "7"])
 def test_a_half_written_last_line_is_dropped(tmp_path, torn):
     record(tmp_path, range(1, 4))
@@ -42,7 +71,7 @@ def test_a_half_written_last_line_is_dropped(tmp_path, torn):
 
 
 def test_updates_without_figures_leave_no_line(tmp_path):
-    telemetry = Telemetry(tmp_path, "dalle", 100, 0, speaks=True)
+    telemetry = telemetry_of(tmp_path)
     telemetry.update(1, None)
     telemetry.close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
@@ -50,7 +79,7 @@ def test_updates_without_figures_leave_no_line(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    telemetry = Telemetry(tmp_path, "dalle", 100, 0, speaks=False)
+    telemetry = telemetry_of(tmp_path, speaks=False)
     telemetry.update(1, {"loss": 1.0})
     telemetry.figures("val", 1, {"loss": 1.0})
     telemetry.close()
