@@ -55,10 +55,10 @@ def test_a_node_that_dies_ends_the_other_with_a_sentence_and_both_go_on(
     out = tmp_path / "nodes-of-this-test"
     with nothing_left(out.name):
         nodes = start_nodes(tmp_path / "said", [options(tiny, out, "dalle_slow")] * 2, 1)
-        until(lambda: has_made(out, 7), 90)
+        until(lambda: has_made(out, 7))
         nodes[victim].kill()
         survivor = nodes[1 - victim]
-        assert survivor.wait(60) == LOST
+        assert survivor.wait() == LOST
     nodes[victim].wait()
     [error] = survivor.errors
     assert error.startswith(f"error: rank {1 - victim} has lost another rank (")

@@ -36,7 +36,7 @@ def test_ranks_end_with_a_launcher_that_was_killed(tiny, tmp_path, which):
     places = ["--num_gpus", 2, "--master_port", free_port(), "--module", "pipeline.train_dalle"]
     started = launch(tmp_path / "said", LAUNCHER, *places, *options)
     try:
-        until(lambda: has_made(out, 3), 90)
+        until(lambda: has_made(out, 3))
         # the outer half of the launcher, the inner one and two ranks
         assert len(processes(out.name)) == 4
         inner = [
