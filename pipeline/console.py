@@ -38,6 +38,8 @@ SECONDS_BETWEEN_LINES = 15.0  # of progress, where the output is a file and no t
 class InputError(ValueError):
     """A caller, a config or a file is wrong; the message names value, bound and way out."""
 
+    code = 2  # with which a command ends
+
 
 class OwnError(InputError):
     """An ``InputError`` in what one rank alone reads: that rank says it, whichever it is."""
@@ -201,7 +203,7 @@ def command(main: Callable[[], None]) -> None:
         else:
             # the launcher ends all ranks with the first that leaves: let the one that speaks be it
             time.sleep(SECONDS_TO_SPEAK)
-        _end(2)
+        _end(error.code)
     except OSError as error:
         is_full = error.errno in FULL
         if error.filename is None and not is_full:

@@ -258,8 +258,9 @@ def main() -> None:
     )
     if args.dvae:
         check_dvae(stage.data.readers[0], args.dvae)
-    engine = make_engine(stage.build, run, args.deepspeed_config)
-    processes.leave(loop.train(stage, engine, args.out, wished))
+    with processes.others():
+        engine = make_engine(stage.build, run, args.deepspeed_config)
+        processes.leave(loop.train(stage, engine, args.out, wished))
 
 
 if __name__ == "__main__":

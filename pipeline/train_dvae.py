@@ -284,8 +284,9 @@ def main() -> None:
     if not isinstance(run, DvaeRun):
         raise InputError(f"{args.preset} trains the transformer; stage 1 takes a dvae preset")
     stage = DvaeStage(run, args.data, mix=args.mix, block_order=args.block_order)
-    engine = make_engine(stage.build, run, args.deepspeed_config)
-    processes.leave(loop.train(stage, engine, args.out, wished))
+    with processes.others():
+        engine = make_engine(stage.build, run, args.deepspeed_config)
+        processes.leave(loop.train(stage, engine, args.out, wished))
 
 
 if __name__ == "__main__":

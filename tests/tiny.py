@@ -31,6 +31,8 @@ from pipeline.config import (
 from pipeline.console import InputError
 
 ROOT = Path(__file__).parent.parent
+# of processes that the tests start, also where there is a GPU
+CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 STEPS, SAVE_EVERY = 20, 5
 IMAGE_SIZE, GRID, N_CODES = 32, 4, 24
 N_TEXT, TEXT_VOCAB = 24, 320
@@ -394,10 +396,8 @@ def arguments(stage: str, inputs: Inputs, out: Path, preset: str, /, **changes) 
 
 def start(command: list, timeout_s: float = 300) -> subprocess.CompletedProcess:
     """Run a command in a process group of its own, which is ended with it."""
-    cpu = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    environment = os.environ | cpu
     process = subprocess.Popen(
-        [str(word) for word in command], cwd=ROOT, env=environment, start_new_session=True,
+        [str(word) for word in command], cwd=ROOT, env=os.environ | CPU, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

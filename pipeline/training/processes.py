@@ -1,22 +1,49 @@
 """The processes of a launch: joining them under DeepSpeed's launcher, and leaving them."""
 
 import datetime
+import hashlib
+import json
 import logging
 import os
+import platform
+import re
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipeline.console import InputError
+from pipeline.console import InputError, OwnError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+LOST = 69  # EX_UNAVAILABLE of sysexits.h: another rank is gone
+# what changes numbers, the order of samples or the pieces of a caption
+LIBRARIES = ("torch", "deepspeed", "numpy", "sentencepiece")
+TOLD = 5  # differences between ranks that are named
+
+ROOT = Path(__file__).parent.parent.parent
 
 
-def join() -> Any:
-    """Import DeepSpeed and join its launcher's process group."""
+class LostError(OwnError):
+    """Another rank is gone: each rank that notices says so, for it may be alone on its node."""
+
+    code = LOST
+
+
+def join(settings: dict[str, Any]) -> Any:
+    """Import DeepSpeed and join its launcher's process group.
+
+    Args:
+        settings: JSON values that all ranks must have alike, as they must versions and code.
+
+    Raises:
+        InputError: there is no launcher, its port is taken, or the ranks differ.
+    """
     try:
         import deepspeed
         import deepspeed.ops
@@ -35,10 +62,123 @@ def join() -> Any:
     if get_accelerator().device_name() == "cpu":
         # a C++ extension that only inference uses; building it takes a minute and a compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT)
+        if "OMP_NUM_THREADS" not in os.environ:
+            local = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    else:
+        # DeepSpeed does so with the first parameter, and until then all ranks use the first GPU
+        get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT)
+    except dist.DistError as error:
+        raise InputError(_why_not_joined(error)) from error
+    agree({**environment(), **settings})
     return deepspeed
+
+
+def _why_not_joined(error: dist.DistError) -> str:
+    host, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if "EADDRINUSE" in str(error):
+        return (
+            f"port {port} of {host} is taken, by another run perhaps: give the launcher another "
+            "one, --master_port N, the same on all nodes"
+        )
+    return (
+        f"the ranks did not find each other at {host}:{port} ({_shortly(error)}): does the first "
+        "node run, and do --master_addr and --master_port name it on all nodes?"
+    )
+
+
+def environment() -> dict[str, str]:
+    """What this process computes with: versions, and a hash of the code."""
+    code = hashlib.sha256()
+    for folder in ("kernels", "pipeline"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            code.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    versions = {name: version(name) for name in LIBRARIES}
+    return {"code": code.hexdigest()[:16], "python": platform.python_version(), **versions}
+
+
+def agree(own: dict[str, Any]) -> None:
+    """Make sure that all ranks have the same JSON values; all ranks call it.
+
+    Raises:
+        InputError: they have not; the sentence says which rank has what.
+    """
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, json.dumps(own, sort_keys=True))
+    if sentence := disagreement([json.loads(text) for text in said]):
+        raise InputError(sentence)
+
+
+def disagreement(of_ranks: Sequence[dict[str, Any]]) -> str:
+    """A sentence that names what differs and on which ranks; empty where nothing does.
+
+    Args:
+        of_ranks: JSON values of each rank.
+    """
+    flat = [dict(_leaves(values)) for values in of_ranks]
+    names = dict.fromkeys(name for values in flat for name in values)
+    told = []
+    for name in names:
+        ranks_of: dict[str, list[int]] = {}
+        for rank, values in enumerate(flat):
+            ranks_of.setdefault(str(values.get(name, "not there")), []).append(rank)
+        if len(ranks_of) > 1:
+            shares = [f"{value} on {_ranges(ranks)}" for value, ranks in ranks_of.items()]
+            told.append(f"{name} is {', '.join(shares)}")
+    if not told:
+        return ""
+    more = f"; and {len(told) - TOLD} more" if len(told) > TOLD else ""
+    return (
+        f"the ranks differ: {'; '.join(told[:TOLD])}{more}. Give all nodes the same packages, "
+        "the same checkout and the same command line"
+    )
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}".lstrip("."))
+    else:
+        yield path, value
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """``[0, 1, 2, 5]`` as "ranks 0-2, 5"."""
+    ends: list[list[int]] = []
+    for rank in ranks:
+        if ends and ends[-1][1] == rank - 1:
+            ends[-1][1] = rank
+        else:
+            ends.append([rank, rank])
+    parts = [str(first) if first == last else f"{first}-{last}" for first, last in ends]
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(parts)
+
+
+@contextmanager
+def others() -> Iterator[None]:
+    """What happens to this rank when another one is gone becomes a sentence.
+
+    Raises:
+        LostError: instead of what the communication library throws.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo has no class of its own, and names its source file
+        if not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
+            raise
+        raise LostError(
+            f"rank {os.environ.get('RANK', '0')} has lost another rank ({_shortly(error)}), which "
+            "may have said why: the last checkpoint is kept, start all nodes again"
+        ) from error
+
+
+def _shortly(error: Exception) -> str:
+    """The first sentence of a library's, without the place in its source."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+\] ", "", line).split(". ")[0].rstrip(".")
 
 
 def _quieten() -> None:

@@ -169,7 +169,7 @@ class ZeroEngine(Engine):
         run: config.DvaeRun | config.DalleRun,
         ds: dict[str, Any],
     ) -> None:
-        deepspeed = processes.join()
+        deepspeed = processes.join({"preset": config.as_dict(run), "ds_config": ds})
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         resolved = ds_config.resolve(
             ds,

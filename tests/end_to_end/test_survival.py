@@ -2,18 +2,15 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from pipeline import slices
 from pipeline.training.watch import LEFT
 from tests import tiny as runs
+from tests.end_to_end.launches import LAUNCHER, has_made, launch, processes, until
 from tests.end_to_end.test_training import CPU_CONFIG, assert_same_bits
-from tests.tiny import arguments, curve, free_port, launched
+from tests.tiny import arguments, free_port, launched
 
 pytestmark = pytest.mark.dist
 
@@ -31,51 +28,26 @@ def test_one_rank_that_is_asked_to_leave_takes_all_along_and_the_run_goes_on(tin
     assert_same_bits(*outs.values())
 
 
-def processes(word: str) -> list[int]:
-    """Processes with a word in their command line."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if word in (folder / "cmdline").read_text(errors="replace"):
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
-
-
 @pytest.mark.parametrize("which", ["outer", "inner"])
 def test_ranks_end_with_a_launcher_that_was_killed(tiny, tmp_path, which):
     out = tmp_path / "run-of-this-test-alone"
     options = arguments("dalle", tiny, out, "dalle_slow")
-    launcher = Path(sys.executable).parent / "deepspeed"
-    command = [launcher, "--num_gpus", 2, "--master_port", free_port(), "--module"]
-    command += ["pipeline.train_dalle", *options, "--deepspeed_config", CPU_CONFIG]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    with open(tmp_path / "said", "w") as said:
-        started = subprocess.Popen(
-            [str(word) for word in command], cwd=runs.ROOT, env=environment,
-            start_new_session=True, stdout=said, stderr=said,
-        )  # fmt: skip
+    options += ["--deepspeed_config", CPU_CONFIG]
+    places = ["--num_gpus", 2, "--master_port", free_port(), "--module", "pipeline.train_dalle"]
+    started = launch(tmp_path / "said", LAUNCHER, *places, *options)
     try:
-        _until(lambda: (out / "metrics.jsonl").exists() and len(curve(out)) >= 3, 90)
+        until(lambda: has_made(out, 3))
         # the outer half of the launcher, the inner one and two ranks
         assert len(processes(out.name)) == 4
         inner = [
             pid for pid in processes("deepspeed.launcher.launch") if pid in processes(out.name)
         ]
-        os.kill(started.pid if which == "outer" else inner[0], signal.SIGKILL)
+        os.kill(started.process.pid if which == "outer" else inner[0], signal.SIGKILL)
         # of the inner one the outer is a witness, and says nothing: its exit code is 0
-        _until(lambda: len(processes(out.name)) <= (1 if which == "outer" else 0), 30)
-        assert "ends: its launcher is gone" in (tmp_path / "said").read_text()
+        until(lambda: len(processes(out.name)) <= (1 if which == "outer" else 0), 30)
+        assert "ends: its launcher is gone" in started.said
     finally:
         for pid in processes(out.name):
             os.kill(pid, signal.SIGKILL)
-        started.wait()
+        started.process.wait()
     assert slices.newest(out) is None or slices.newest(out)[1]["updates"] % runs.SAVE_EVERY == 0
-
-
-def _until(holds, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.1)

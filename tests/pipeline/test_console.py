@@ -226,3 +226,12 @@ def test_an_empty_path_is_not_the_working_directory(capsys):
         parser.parse_args(["--out", ""])
     assert ended.value.code == 2
     assert "the path is empty; is a variable of the shell not set?" in capsys.readouterr().err
+
+
+def test_an_input_error_may_have_a_code_of_its_own(capsys):
+    class OtherError(InputError):
+        code = 69
+
+    with pytest.raises(SystemExit) as ended:
+        command(raises(OtherError("a rank is gone; start again")))
+    assert ended.value.code == 69
