@@ -26,6 +26,7 @@ from pipeline.models.dalle import NO_TOKEN, Dalle, nll_sums, z_sums
 from pipeline.models.dvae import load_dvae
 from pipeline.training import ds_config, loop, processes, wishes
 from pipeline.training.engine import Engine
+from pipeline.training.samples import MOST, Sheet
 from pipeline.training.schedules import LearningRate
 from pipeline.training.zero import make_engine
 
@@ -47,8 +48,12 @@ class DalleStage(loop.Stage[Batch]):
         block_order: bool = False,
         recompute_activations: bool = False,
         attention: str | None = None,
+        sample_dvae: str | None = None,
+        sample_count: int = 8,
     ) -> None:
         self.run: DalleRun = run
+        self.sample_dvae, self.sample_count = sample_dvae, sample_count
+        self._sheet: Sheet | None = None
         self.recompute_activations = recompute_activations
         self.attention = attention
         self.data = Data("tokens", data, mix, block_order)
@@ -119,6 +124,22 @@ class DalleStage(loop.Stage[Batch]):
             self.data.val, self.tokenizer,
             batch=self._val_batch, seed=None, dropout=0.0, weights=self.data.val_weights, **share,
         )  # fmt: skip
+
+        if self.sample_dvae is not None:
+            self._sheet = self._make_sheet(self.sample_dvae)
+
+    def _make_sheet(self, dvae: str) -> Sheet:
+        """Of the first held-out captions."""
+        n = min(self.sample_count, sum(len(side) for _, side in self.data.val))
+        loader = TokenLoader(
+            self.data.val, self.tokenizer, batch=n, rank=0, world=1, seed=None, dropout=0.0,
+            weights=self.data.val_weights, n_text=self.run.model.n_text,
+        )  # fmt: skip
+        batch = loader.batch_at(0)
+        # to build a model is to draw its weights, which a run without samples does not
+        with torch.random.fork_rng(devices=()):
+            model, _ = load_dvae(dvae)
+        return Sheet(model, batch.text_tokens, batch.image_tokens)
 
     def _check_attention(self, engine: Engine) -> None:
         """A path that cannot run is known before the first batch, and in the log which one does."""
@@ -208,6 +229,8 @@ class DalleStage(loop.Stage[Batch]):
             sums += torch.cat([nll, self.counts(batch).to(engine.device)])
         text_nll, image_nll, n_text, n_image = engine.sum(sums).tolist()
         text, image = text_nll / n_text, image_nll / n_image
+        if self._sheet is not None:
+            self._sheet.draw(engine, out / "samples" / f"step-{engine.updates:07d}.png")
         return {"loss": self._weighted(text, image), "text": text, "image": image}
 
 
@@ -230,6 +253,10 @@ def main() -> None:
     parser.add_argument("--block-order", action="store_true", help=BLOCK_HELP)
     parser.add_argument("--tokenizer", required=True, help="folder of data_prep.train_tokenizer")
     parser.add_argument("--dvae", help="refuse to start unless this dVAE made the tokens")
+    parser.add_argument(
+        "--sample-dvae", help="the dVAE of the tokens: draw held-out captions at each validation"
+    )
+    parser.add_argument("--sample-count", type=int, default=8, metavar="N", help="captions drawn")
     parser.add_argument("--out", required=True, type=a_path)
     parser.add_argument("--deepspeed_config", help="JSON of ds_configs/; without: plain PyTorch")
     parser.add_argument(
@@ -241,6 +268,8 @@ def main() -> None:
     wishes.add_arguments(parser)
     args = parser.parse_args()
     wished = wishes.of(args)
+    if not 1 <= args.sample_count <= MOST:
+        raise InputError(f"--sample-count is {args.sample_count}; take 1 to {MOST}")
     run = presets.load(args.preset)
     if not isinstance(run, DalleRun):
         raise InputError(f"{args.preset} trains the dVAE; stage 2 takes a dalle preset")
@@ -255,9 +284,11 @@ def main() -> None:
         block_order=args.block_order,
         recompute_activations=recompute,
         attention=args.attention,
+        sample_dvae=args.sample_dvae,
+        sample_count=args.sample_count,
     )
-    if args.dvae:
-        check_dvae(stage.data.readers[0], args.dvae)
+    for dvae in filter(None, (args.dvae, args.sample_dvae)):
+        check_dvae(stage.data.readers[0], dvae)
     with processes.others():
         engine = make_engine(stage.build, run, args.deepspeed_config)
         processes.leave(loop.train(stage, engine, args.out, wished))

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from pipeline import presets
 from pipeline.config import DvaeRun, Ramp
 from pipeline.console import InputError, a_path, command, logger
 from pipeline.data.loader import PairLoader, sample_seed
-from pipeline.data.pictures import save_png, tile, to_uint8
+from pipeline.data.pictures import save_comparison, to_uint8
 from pipeline.data.sets import BLOCK_HELP, MIX_HELP, Data
 from pipeline.models.dvae import DiscreteVAE, load_dvae
 from pipeline.training import loop, processes, wishes
@@ -254,11 +253,7 @@ def too_little_use(figures: dict[str, float], before: dict[str, float], n_codes:
 
 def write_reconstructions(path: Path, images: Tensor, pictures: Tensor) -> None:
     """A grid: rows of originals, each above the row of their reconstructions."""
-    columns = 8
-    shown, made = to_uint8(images[:SHOWN]), to_uint8(pictures[:SHOWN])
-    rows = range(0, len(shown) - len(shown) % columns or len(shown), columns)
-    pairs = [part[i : i + columns] for i in rows for part in (shown, made)]
-    save_png(path, tile(np.concatenate(pairs), columns))
+    save_comparison(path, to_uint8(images[:SHOWN]), to_uint8(pictures[:SHOWN]))
 
 
 def main() -> None:

@@ -33,6 +33,16 @@ def tile(image_BYXC: np.ndarray, columns: int) -> np.ndarray:
     return sheet
 
 
+def save_comparison(path: Path, above: np.ndarray, below: np.ndarray, columns: int = 8) -> None:
+    """A grid: each row of the one, uint8 [B, Y, X, C], over the same row of the other."""
+    columns = min(columns, len(above))
+    white = np.full((-len(above) % columns, *above.shape[1:]), 255, dtype=np.uint8)
+    both = [np.concatenate([part, white]) for part in (above, below)]
+    starts = range(0, len(both[0]), columns)
+    rows = [part[start : start + columns] for start in starts for part in both]
+    save_png(path, tile(np.concatenate(rows), columns))
+
+
 def save_png(path: Path, image_YXC: np.ndarray) -> None:
     """Write one picture, uint8 [Y, X, 3]."""
     path.parent.mkdir(parents=True, exist_ok=True)

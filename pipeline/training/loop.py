@@ -343,6 +343,7 @@ class _Session(Generic[Batch]):
             with _said_by_this_rank():
                 held_out = stage.validate(engine, self.out)
             self.telemetry.figures("val", step, held_out)
+            self.telemetry.pictures(step)
             # of all ranks together
             peak = engine.sum(torch.tensor(peak_gib(engine.device), device=engine.device))
             self.telemetry.figures("machine", step, {"peak_gib": float(peak)})

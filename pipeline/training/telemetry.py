@@ -5,10 +5,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from pipeline.console import Bar, logger
 from pipeline.files import write_bytes
 from pipeline.training.pace import Pace, said
 from pipeline.training.wandb_board import WandbBoard
+
+# where validations put their pictures
+PICTURES = ("reconstructions", "samples")
 
 
 class Telemetry:
@@ -69,6 +75,18 @@ class Telemetry:
             self._wandb.figures(kind, step, values)
         if kind == "val":
             self._log.info("step=%d validation %s", step, _line(values))
+
+    def pictures(self, step: int) -> None:
+        """Show the pictures that a validation left in the run's folder."""
+        if not self._speaks:
+            return
+        for folder in PICTURES:
+            path = self._out / folder / f"step-{step:07d}.png"
+            if path.exists():
+                with Image.open(path) as image:
+                    self._board.add_image(folder, np.asarray(image), step, dataformats="HWC")
+                if self._wandb is not None:
+                    self._wandb.picture(folder, step, path)
 
     def update(self, step: int, values: dict[str, float] | None) -> None:
         """Update ``step`` is done; its ``values`` when they were due."""

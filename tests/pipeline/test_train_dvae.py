@@ -91,19 +91,27 @@ def test_the_export_holds_the_averaged_weights(tiny, trained):
     assert ShardReader(tiny.pairs).fingerprint in (out / "model.json").read_text()
 
 
+def test_every_validation_leaves_reconstructions(trained):
+    out, _ = trained
+    found = sorted(file.name for file in (out / "reconstructions").iterdir())
+    assert found == ["final.png", *(f"step-{s:07d}.png" for s in range(5, runs.STEPS + 1, 5))]
+
+
 def test_reconstructions_stand_under_their_originals(tiny, trained):
     out, _ = trained
     with Image.open(out / "reconstructions/final.png") as picture:
         sheet = np.asarray(picture)
     size, stage = runs.IMAGE_SIZE, stage_of(tiny)
-    assert sheet.shape == (2 * (size + GAP) - GAP, 8 * (size + GAP) - GAP, 3)
     ((reader, side),) = stage.data.val
+    rows = 2 * math.ceil(len(side) / 8)
+    assert sheet.shape == (rows * (size + GAP) - GAP, 8 * (size + GAP) - GAP, 3)
     pixels = decode_image(reader[side.rows(np.array([0]))[0]]["image"])
     np.testing.assert_array_equal(sheet[:size, :size], centre_crop(pixels, size))
     dvae, _ = load_dvae(out)
     original_BCYX = torch.from_numpy(centre_crop(pixels, size)).permute(2, 0, 1)[None] / 255
     made = to_uint8(dvae.decode(dvae.encode(original_BCYX)))[0]
-    assert np.abs(sheet[size + GAP :, :size].astype(int) - made).max() <= 1
+    below = slice(size + GAP, 2 * size + GAP)
+    assert np.abs(sheet[below, :size].astype(int) - made).max() <= 1
 
 
 def stopped_and_resumed(make_stage, out, monkeypatch):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.pictures import GAP, save_png, tile, to_uint8
+from pipeline.data.pictures import GAP, save_comparison, save_png, tile, to_uint8
 
 
 def test_pictures_become_bytes_rounded_to_the_nearest():
@@ -50,6 +50,18 @@ def test_tiles_lie_row_by_row_between_white_gaps(n, columns, shape):
         assert np.array_equal(sheet[y : y + height, x : x + width], images[i])
         left[y : y + height, x : x + width] = 255
     assert (left == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("n", "order"),
+    [(2, [[0, 1], [10, 11]]), (5, [[0, 1, 2], [10, 11, 12], [3, 4, None], [13, 14, None]])],
+)
+def test_what_is_compared_stands_one_over_the_other(tmp_path, n, order):
+    above = np.arange(n, dtype=np.uint8)[:, None, None, None] * np.ones((4, 4, 3), dtype=np.uint8)
+    save_comparison(tmp_path / "x.png", above, above + 10, columns=3)
+    with Image.open(tmp_path / "x.png") as image:
+        found = np.asarray(image)[2 :: 4 + GAP, 2 :: 4 + GAP, 0]
+    assert found.tolist() == [[255 if i is None else i for i in row] for row in order]
 
 
 def test_a_png_keeps_every_byte(tmp_path):

@@ -1,8 +1,11 @@
 import json
 
+import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline.data.pictures import save_png
 from pipeline.training.pace import Pace
 from pipeline.training.telemetry import Telemetry
 from tests import tiny
@@ -84,3 +87,16 @@ def test_other_ranks_write_nothing(tmp_path):
     telemetry.figures("val", 1, {"loss": 1.0})
     telemetry.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_of_a_validation_are_shown(tmp_path):
+    for folder in ("samples", "reconstructions"):
+        save_png(tmp_path / folder / "step-0000005.png", np.full((6, 9, 3), 200, np.uint8))
+    telemetry = telemetry_of(tmp_path)
+    telemetry.pictures(5)
+    telemetry.pictures(6)
+    telemetry.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(board.Tags()["images"]) == ["reconstructions", "samples"]
+    (shown,) = board.Images("samples")
+    assert (shown.step, shown.height, shown.width) == (5, 6, 9)
