@@ -1,6 +1,5 @@
 """A run that is moved between numbers of ranks is the run that was never moved."""
 
-import json
 from collections import Counter
 
 import pytest
@@ -8,23 +7,13 @@ import pytest
 from pipeline import slices
 from pipeline.data.shards import ShardReader
 from pipeline.training.watch import LEFT
-from tests import tiny as runs
-from tests.end_to_end.test_training import CPU_CONFIG
+from tests.end_to_end.soak import config_of
 from tests.tiny import arguments, curve, launched, losses, plain
 
 pytestmark = [pytest.mark.dist, pytest.mark.usefixtures("one_cpu_thread")]
 
 RANKS = (2, 1, 4, 2)
 STEPS, BATCH = 120, 8
-
-
-def zero_2(folder):
-    """``zero2_small.json`` in float32."""
-    ds = json.loads((runs.ROOT / "ds_configs/zero2_small.json").read_text())
-    del ds["bf16"]
-    path = folder / "zero2.json"
-    path.write_text(json.dumps(ds))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +47,7 @@ def samples(seen) -> dict[int, Counter]:
 
 @pytest.mark.parametrize("stage", [3, 2])
 def test_two_one_four_two_ranks_train_as_one_that_stayed(tiny, tmp_path, stayed, stage):
-    config = CPU_CONFIG if stage == 3 else zero_2(tmp_path)
-    out, seen = climb(tiny, tmp_path, RANKS, config)
+    out, seen = climb(tiny, tmp_path, RANKS, config_of(stage, tmp_path))
     assert len(losses(out)) == STEPS
     assert losses(out) == pytest.approx(losses(stayed[0]), rel=1e-4)
     assert losses(out)[-1] < losses(out)[0] / 2
