@@ -88,8 +88,8 @@ def test_what_was_not_sent_yet_survives_in_a_checkpoint(run, tiny, tmp_path):
     assert_finished(done, out)
     assert "step-0000015, written by 4 ranks" in done.stderr
     assert losses(out)[15] == losses(whole)[15]
-    # each node has the mean of what the two had, so the sums agree but not the last bits
-    assert losses(out) == pytest.approx(losses(whole), rel=2e-3)
+    # each node has the mean of what the two had: the sums agree but for rounding (4e-5 without)
+    assert losses(out) == pytest.approx(losses(whole), rel=1e-6)
 
 
 def test_a_checkpoint_of_two_nodes_goes_on_on_one(run, tiny, tmp_path):
