@@ -23,16 +23,17 @@ from pipeline.files import write_bytes
 log = logger("plot")
 
 KINDS = ("train", "val", "speed", "machine")
+OF_ALL_RANKS = "peak_gib, all ranks"
 # figures in the order in which a reader asks; what has no place here comes after them
 FIRST = (
     "loss", "text", "image", "z", "nll", "kl", "kl_per_code", "hard_elbo", "relaxed_elbo",
     "psnr_db", "codes_used", "perplexity", "lr", "gradient_norm", "beta", "tau",
     "scale_log2_min", "scale_log2_max", "skipped_share", "captions_cut",
     "tokens_per_s", "pictures_per_s", "mfu", "seconds_an_update", "peak_gib",
+    OF_ALL_RANKS,
 )  # fmt: skip
 LOGARITHMIC = ("gradient_norm",)
-SAME_IN_BOTH_STAGES = ("mfu", "seconds_an_update", "peak_gib")
-OF_ALL_RANKS = "peak_gib, all ranks"
+SAME_IN_BOTH_STAGES = ("mfu", "seconds_an_update", "peak_gib", OF_ALL_RANKS)
 BLOCKS = {"scale_log2": "log2 of the scale", "skipped_share": "skipped", "zero_share": "zeros"}
 
 

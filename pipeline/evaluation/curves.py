@@ -104,6 +104,7 @@ def draw(panels: list[Panel | HeatMap]) -> bytes:
             _draw_lines(axis, panel)
         axis.set_title(panel.title)
         axis.set_xlabel("update")
+        axis.xaxis.get_major_locator().set_params(integer=True)
     buffer = io.BytesIO()
     figure.tight_layout()
     figure.savefig(buffer, dpi=DPI, metadata={"Software": None})

@@ -6,9 +6,11 @@ import json
 import struct
 import sys
 
+import numpy as np
 import pytest
 
 from pipeline.console import InputError
+from pipeline.data.pictures import save_png
 from pipeline.train_dalle import DalleStage
 from pipeline.training import loop, wandb_board, wishes
 from pipeline.training.engine import PlainEngine
@@ -94,6 +96,19 @@ def test_a_run_that_starts_again_is_the_same_run(tmp_path):
     other = WandbBoard("another", tmp_path, {})
     other.close()
     assert json.loads((tmp_path / "wandb.json").read_text())["id"] != known["id"]
+
+
+@needs_wandb
+def test_a_picture_is_kept_with_its_update(tmp_path):
+    save_png(tmp_path / "x.png", np.full((6, 9, 3), 200, np.uint8))
+    board = WandbBoard("p", tmp_path, {})
+    board.picture("samples", 5, tmp_path / "x.png")
+    board.close()
+    ((shown,),) = histories(tmp_path)
+    assert shown["update"] == 5
+    assert (shown["samples.width"], shown["samples.height"]) == (9, 6)
+    (kept,) = tmp_path.glob(f"wandb/offline-run-*/files/{shown['samples.path']}")
+    assert kept.read_bytes() == (tmp_path / "x.png").read_bytes()
 
 
 @needs_wandb
