@@ -18,7 +18,7 @@ from pipeline.config import DalleRun, DvaeRun, as_dict
 from pipeline.console import InputError, OwnError, logger
 from pipeline.data.loader import prefetch
 from pipeline.files import write_json
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, processes
 from pipeline.training.engine import Engine
 from pipeline.training.guard import BACK, GO, Guard, looking_for_bad_numbers
 from pipeline.training.telemetry import Telemetry
@@ -120,6 +120,7 @@ def train(stage: Stage[Any], engine: Engine, out: Path) -> int:
 def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch) -> int:
     run = stage.run
     session = _Session(stage, engine, out, watch)
+    processes.agree(session.identity)
     session.resume()
     stage.prepare(engine)
     if engine.rank == 0:
