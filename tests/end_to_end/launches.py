@@ -100,7 +100,7 @@ def nothing_left(out: Path) -> Iterator[None]:
     """
     try:
         yield
-        until(lambda: not processes(out), 30)
+        until(lambda: not processes(out), 60)
     finally:
         for pid in processes(out):
             os.kill(pid, signal.SIGKILL)
