@@ -41,6 +41,7 @@ node='
             --master_addr "$master_addr" --master_port "$master_port" --module "$@"
     ) &
     launcher=$!
+    set +m # or bash tells of the job that is done
     trap "kill -USR1 -- -$launcher 2> /dev/null" USR1 TERM
     while kill -0 "$launcher" 2> /dev/null; do wait "$launcher"; done
     wait "$launcher"

@@ -2,7 +2,7 @@
 
 Every entry point ends in ``if __name__ == "__main__": command(main)``. An ``InputError``, and a
 file that the system will not open, make or fill, leave it as one sentence on standard error and
-exit code 2; anything else is a bug of ours and keeps its traceback.
+its exit code, 2; anything else is a bug of ours and keeps its traceback.
 """
 
 import argparse

@@ -17,7 +17,7 @@ from pipeline.config import DalleRun, DvaeRun, as_dict
 from pipeline.console import InputError, OwnError, logger
 from pipeline.data.loader import prefetch
 from pipeline.files import write_json
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, processes
 from pipeline.training.checkpoint import Keeping
 from pipeline.training.engine import Engine
 from pipeline.training.guard import BACK, GO, Guard, looking_for_bad_numbers
@@ -124,6 +124,7 @@ def train(stage: Stage[Any], engine: Engine, out: Path, wishes: Wishes | None = 
 def _train(stage: Stage[Any], engine: Engine, out: Path, watch: Watch, wishes: Wishes) -> int:
     run = stage.run
     session = _Session(stage, engine, out, watch, wishes.keeping)
+    processes.agree(session.identity)
     wishes.keeping.check(out, has_resumed=session.resume())
     stage.prepare(engine)
     if engine.rank == 0:

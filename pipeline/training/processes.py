@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.console import InputError, OwnError
+from pipeline.console import SECONDS_TO_SPEAK, InputError, OwnError
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 LOST = 69  # EX_UNAVAILABLE of sysexits.h: another rank is gone
@@ -100,11 +101,13 @@ def environment() -> dict[str, str]:
 
 
 def agree(own: dict[str, Any]) -> None:
-    """Make sure that all ranks have the same JSON values; all ranks call it.
+    """Make sure that all ranks have the same JSON values; all ranks call it, if there are several.
 
     Raises:
         InputError: they have not; the sentence says which rank has what.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
     said: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(said, json.dumps(own, sort_keys=True))
     if sentence := disagreement([json.loads(text) for text in said]):
@@ -169,6 +172,9 @@ def others() -> Iterator[None]:
         # gloo has no class of its own, and names its source file
         if not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
             raise
+        # if one of this node's ranks ended, its code is the launcher's and its sentence is enough:
+        # meanwhile the launcher ends this rank
+        time.sleep(SECONDS_TO_SPEAK)
         raise LostError(
             f"rank {os.environ.get('RANK', '0')} has lost another rank ({_shortly(error)}), which "
             "may have said why: the last checkpoint is kept, start all nodes again"

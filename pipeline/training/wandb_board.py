@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import threading
 import uuid
 from pathlib import Path
@@ -52,6 +53,8 @@ class WandbBoard:
             "resume": "allow", "dir": str(out), "config": config, "settings": settings,
         }  # fmt: skip
         try:
+            if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+                raise InputError("nobody is logged in (wandb login)")  # init would ask, and wait
             self._run = wandb.init(**wanted)
         except Exception as error:  # training does not end for want of a server, whatever it says
             log.warning("W&B cannot be reached, the run goes on without it: %s", error)

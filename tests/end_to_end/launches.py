@@ -80,12 +80,12 @@ def start_nodes(
     ]
 
 
-def processes(word: str) -> list[int]:
-    """Processes with a word in their command line."""
+def processes(word: str | Path) -> list[int]:
+    """Processes with a word in their command line; a path is no other test's."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if word in (folder / "cmdline").read_text(errors="replace"):
+            if str(word) in (folder / "cmdline").read_text(errors="replace"):
                 found.append(int(folder.name))
         except OSError:
             continue
@@ -93,16 +93,16 @@ def processes(word: str) -> list[int]:
 
 
 @contextmanager
-def nothing_left(word: str) -> Iterator[None]:
-    """Inside, processes with ``word`` in their command line may be started and must end.
+def nothing_left(out: Path) -> Iterator[None]:
+    """Inside, processes of the run in ``out`` may be started and must end.
 
     A launcher takes a moment to see that its last rank has ended.
     """
     try:
         yield
-        until(lambda: not processes(word), 30)
+        until(lambda: not processes(out), 60)
     finally:
-        for pid in processes(word):
+        for pid in processes(out):
             os.kill(pid, signal.SIGKILL)
 
 

@@ -34,7 +34,7 @@ def launch_two(log, options, port=None, **environment):
 
 def test_a_port_that_is_taken(tiny, tmp_path):
     out = tmp_path / "run-of-this-test"
-    with nothing_left(out.name), socket.socket() as somebody:
+    with nothing_left(out), socket.socket() as somebody:
         somebody.bind(("", 0))
         somebody.listen()
         port = somebody.getsockname()[1]
@@ -70,7 +70,7 @@ def test_nodes_with_other_code_or_other_settings(tiny, tmp_path):
     ds = json.loads(CPU_CONFIG.read_text()) | {"train_micro_batch_size_per_gpu": 2}
     config = tmp_path / "other.json"
     config.write_text(json.dumps(ds))
-    with nothing_left(out.name):
+    with nothing_left(out):
         nodes = start_nodes(
             tmp_path / "said",
             [options(tiny, out), options(tiny, out, "dalle_other_seed", config)],
@@ -87,13 +87,22 @@ def test_nodes_with_other_code_or_other_settings(tiny, tmp_path):
     assert not out.exists()
 
 
+def test_nodes_that_read_other_data(tiny, tmp_path):
+    out = tmp_path / "run-of-this-test"
+    with nothing_left(out):
+        both = [options(tiny, out), [*options(tiny, out), "--block-order"]]
+        nodes = start_nodes(tmp_path / "said", both, 1)
+        assert_they_differ(nodes, ": block is 0 on rank 0, ")
+    assert slices.complete(out) == []
+
+
 def test_a_machine_without_a_compiler(tiny, tmp_path):
     out, tools, built = (tmp_path / name for name in ("run-of-this-test", "bin", "extensions"))
     tools.mkdir()
     built.mkdir()
     for compiler in ("c++", "g++", "gcc", "cc", "ninja", "nvcc", "clang"):
         assert shutil.which(compiler, path=str(tools)) is None
-    with nothing_left(out.name):
+    with nothing_left(out):
         environment = {"PATH": str(tools), "TORCH_EXTENSIONS_DIR": str(built)}
         environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton"), "CC": "", "CXX": ""}
         started = launch_two(tmp_path / "log", options(tiny, out), **environment)
@@ -106,7 +115,7 @@ def test_a_shard_that_vanishes_while_the_run_is_under_way(tiny, tmp_path):
     out, tokens = tmp_path / "run-of-this-test", tmp_path / "tokens"
     shutil.copytree(tiny.tokens, tokens)
     shard = tokens / "shard-00000.arrow"
-    with nothing_left(out.name):
+    with nothing_left(out):
         started = launch_two(tmp_path / "log", options(tiny, out, "dalle_slow", data=tokens))
         until(lambda: has_made(out, 7))
         shard.unlink()
@@ -121,15 +130,15 @@ def test_a_shard_that_vanishes_while_the_run_is_under_way(tiny, tmp_path):
 
 def test_of_two_runs_that_start_in_one_folder_one_works(tiny, tmp_path):
     out = tmp_path / "run-of-this-test"
-    with nothing_left(out.name):
+    with nothing_left(out):
         both = [launch_two(tmp_path / name, options(tiny, out)) for name in "ab"]
         codes = [started.wait() for started in both]
     assert sorted(codes) == [0, 2]
     winner, loser = sorted(both, key=lambda started: started.process.returncode)
-    assert loser.errors[0] == (
+    assert loser.errors == [
         f"error: --out {out} belongs to a run that is still at work: wait for it, end it, or "
         "name another folder"
-    )
+    ]
     assert winner.errors == []
     assert "Traceback" not in loser.said + winner.said
     assert len(runs.losses(out)) == runs.STEPS

@@ -43,7 +43,7 @@ def one_launch(tiny, tmp_path_factory):
 @pytest.mark.parametrize("slots", [1, 2])
 def test_two_nodes_are_one_launch_of_as_many_ranks_bit_for_bit(tiny, tmp_path, one_launch, slots):
     out = tmp_path / "nodes-of-this-test"
-    with nothing_left(out.name):
+    with nothing_left(out):
         train(tiny, out, tmp_path / "said", slots)
     assert_same_bits(out, one_launch(2 * slots))
 
@@ -53,7 +53,7 @@ def test_a_node_that_dies_ends_the_other_with_a_sentence_and_both_go_on(
     tiny, tmp_path, one_launch, victim
 ):
     out = tmp_path / "nodes-of-this-test"
-    with nothing_left(out.name):
+    with nothing_left(out):
         nodes = start_nodes(tmp_path / "said", [options(tiny, out, "dalle_slow")] * 2, 1)
         until(lambda: has_made(out, 7))
         nodes[victim].kill()
@@ -66,6 +66,6 @@ def test_a_node_that_dies_ends_the_other_with_a_sentence_and_both_go_on(
     for noise in ("Traceback", "terminate called"):
         assert noise not in survivor.said
     assert slices.newest(out)[1]["updates"] == runs.SAVE_EVERY
-    with nothing_left(out.name):
+    with nothing_left(out):
         train(tiny, out, tmp_path / "again")
     assert_same_bits(out, one_launch(2))

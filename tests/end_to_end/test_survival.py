@@ -38,16 +38,14 @@ def test_ranks_end_with_a_launcher_that_was_killed(tiny, tmp_path, which):
     try:
         until(lambda: has_made(out, 3))
         # the outer half of the launcher, the inner one and two ranks
-        assert len(processes(out.name)) == 4
-        inner = [
-            pid for pid in processes("deepspeed.launcher.launch") if pid in processes(out.name)
-        ]
+        assert len(processes(out)) == 4
+        inner = [pid for pid in processes("deepspeed.launcher.launch") if pid in processes(out)]
         os.kill(started.process.pid if which == "outer" else inner[0], signal.SIGKILL)
         # of the inner one the outer is a witness, and says nothing: its exit code is 0
-        until(lambda: len(processes(out.name)) <= (1 if which == "outer" else 0), 30)
+        until(lambda: len(processes(out)) <= (1 if which == "outer" else 0), 30)
         assert "ends: its launcher is gone" in started.said
     finally:
-        for pid in processes(out.name):
+        for pid in processes(out):
             os.kill(pid, signal.SIGKILL)
         started.process.wait()
     assert slices.newest(out) is None or slices.newest(out)[1]["updates"] % runs.SAVE_EVERY == 0

@@ -57,6 +57,7 @@ def test_the_environment_is_versions_and_all_of_the_code(tmp_path, monkeypatch):
 
 def test_a_rank_that_does_not_come_is_a_sentence(monkeypatch):
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(processes, "SECONDS_TO_SPEAK", 0)
     with (
         pytest.raises(LostError, match=r"^rank 3 has lost another rank \(.+\), which may have"),
         others(),
