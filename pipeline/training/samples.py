@@ -118,7 +118,7 @@ def _whole(parameter: nn.Parameter) -> Iterator[None]:
     if status is None or status.name == "AVAILABLE":
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([parameter]):
         yield
