@@ -235,6 +235,32 @@ def test_hpz_keeps_all_gathers_but_one_in_the_node():
     assert wide.traffic.in_node == 0
 
 
+def test_between_the_nodes_of_hybrid_sharding_goes_a_gigabyte_an_update():
+    run, hybrid = presets.dalle_12b(), file("zero3_12b_hybrid.json")
+    found = make_plan(run, hybrid, Machine(64, fabric=11.0))
+    flat = make_plan(run, file("zero3_12b.json"), Machine(64, fabric=11.0))
+    assert found.traffic.summed / 1e9 == pytest.approx(1.02, abs=0.01)
+    assert found.traffic.gathered == flat.traffic.gathered
+    # 100 Gb/s a GPU: sending bounds ZeRO-3 over all of them, and not this
+    assert (flat.bound, found.bound) == ("sending", "computing")
+    dense = hybrid | {"hybrid_sharding": {"gpus_per_node": 8}}
+    sent = make_plan(run, dense, Machine(64)).traffic.summed
+    assert sent == 4 * found.memory.shards.own
+    # what is not sent yet is in the checkpoint, the sum of the nodes' errors
+    assert found.checkpoint_bytes - flat.checkpoint_bytes == 4 * 8 * found.memory.shards.compressed
+
+
+def test_what_stage_2_and_hybrid_sharding_may_change_where_they_do_not_fit():
+    small = make_plan(presets.dalle_12b(), file("zero2_small.json"), Machine(64, gpu_gib=40))
+    texts = [text for text, _, _ in small.changes]
+    assert '"stage": 3 in zero_optimization' in texts
+    assert texts[-1] == "micro-batch 1, recomputation and offload in stage 3 together"
+    hybrid = file("zero3_12b_hybrid.json")
+    tight = make_plan(presets.dalle_12b(), hybrid, Machine(64, gpu_gib=40))
+    assert ("no hybrid_sharding", True) in [(text, fits) for text, _, fits in tight.changes]
+    assert not [text for text, _, _ in tight.changes if text.endswith("GPUs")]
+
+
 def test_one_gpu_sends_nothing():
     plan = make_plan(presets.dalle_demo(), file("zero3_cpu.json"), Machine(1))
     assert (plan.traffic.sent, plan.traffic.seconds, plan.bound) == (0, 0, "computing")

@@ -18,8 +18,10 @@ from pipeline.data.loader import TokenLoader
 from pipeline.models.dalle import MLP
 from pipeline.train_dalle import DalleStage
 from pipeline.training import checkpoint, loop, watch
+from pipeline.training.checkpoint import Keeping
 from pipeline.training.engine import PlainEngine
 from pipeline.training.telemetry import Telemetry
+from pipeline.training.wishes import Wishes
 from tests import tiny as runs
 from tests.tiny import arguments, curve, losses, plain, train, whole
 
@@ -314,6 +316,22 @@ def test_a_save_that_fails_behind_the_back_of_training_stops_it(tiny, tmp_path, 
     assert [folder.name for folder in slices.complete(tmp_path)] == ["step-0000005"]
     # before the next save
     assert curve(tmp_path)[-1]["step"] < 15
+
+
+@pytest.mark.parametrize(
+    ("resume", "is_begun", "sentence"),
+    [("must", False, "has no checkpoint: name the folder"), ("never", True, "has a checkpoint")],
+)
+def test_a_run_begins_or_goes_on_only_as_it_was_wished(
+    tiny, tmp_path, never_stopped, resume, is_begun, sentence
+):
+    if is_begun:
+        shutil.copytree(never_stopped, tmp_path, dirs_exist_ok=True)
+    stage = stage_of(tiny)
+    wished = Wishes(keeping=Keeping(resume))
+    with pytest.raises(InputError, match=f"--resume {resume}, and .* {sentence}"):
+        loop.train(stage, PlainEngine(stage.build, stage.run), tmp_path, wished)
+    assert (tmp_path / loop.DONE).exists() == is_begun
 
 
 SPIKE = Spike(deviations=50.0, window=4, skips=3, returns=1)

@@ -177,6 +177,36 @@ def test_states_of_the_12b_model_on_8_to_1024_gpus(changes, moments, bytes_each,
         assert 0 <= found.shards.own - found.shards.total / world <= 1000
 
 
+def test_hybrid_sharding_holds_what_a_node_alone_would_and_the_errors_of_powersgd():
+    run = presets.dalle_12b()
+    alone = estimate(run, file("zero3_12b.json"), 8, micro_batch=1)
+    for world in (64, 1024):
+        found = estimate(run, file("zero3_12b_hybrid.json"), world, micro_batch=1)
+        assert (found.world, found.ranks) == (world, 8)
+        assert states(found) == states(alone)
+    # the matrices of 64 layers, 12 C^2 each, by 8
+    matrices = 64 * 12 * 3968**2 // 8
+    assert found.of("errors of PowerSGD") == 4 * matrices
+    assert found.shards.factors / matrices == pytest.approx(1 - 0.847, abs=1e-3)
+    # 112 numbers for each element of a matrix' longer side: three of width C, one of 4 C
+    assert found.of("projections of PowerSGD") == 4 * 64 * 112 * 7 * 3968
+    assert alone.of("errors of PowerSGD") == 0
+
+
+def test_stage_2_holds_all_parameters_and_a_share_of_the_rest():
+    run = presets.dalle_1b()
+    found = estimate(run, file("zero2_small.json"), 64)
+    n = found.shards.total
+    assert found.of("parameters") == pytest.approx(2 * n, rel=1e-6)
+    assert states(found) - found.of("parameters") == 20 * found.shards.own
+    assert 0 <= found.shards.own - n / 64 < 10
+    assert found.of("gathered parameters") == found.of("small parameters, kept whole") == 0
+    # two, while sending overlaps computing
+    assert found.of("reduce bucket") == 2 * 2 * 100_000_000
+    one = estimate(run, file("zero2_small.json", overlap_comm=False), 64)
+    assert one.of("reduce bucket") == 2 * 100_000_000
+
+
 def test_offload_leaves_the_parameters_on_the_gpu_and_puts_24_bytes_each_on_the_host():
     ds = file("zero3_12b_offload.json")
     for world, gpu, host in ((8, 2.86, 34.3), (64, 0.36, 4.29)):
