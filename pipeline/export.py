@@ -58,8 +58,8 @@ def main() -> None:
         "--file-gib", type=float, default=weights.FILE_BYTES / 2**30, help="at most (default: 5)"
     )
     args = parser.parse_args()
-    if not args.file_gib > 0:
-        raise InputError(f"--file-gib {args.file_gib}: take a number above 0")
+    if not 0 < args.file_gib < 1e6:
+        raise InputError(f"--file-gib {args.file_gib}: take a number above 0, below a million")
     folder, meta = chosen(args.run, args.step)
     key = "weight" if args.raw else "ema"
     if key == "ema" and not meta["applied"]:
@@ -70,7 +70,7 @@ def main() -> None:
         folder, meta, args.out, key=key, dtype=DTYPES[args.dtype],
         file_bytes=int(args.file_gib * 2**30),
     )  # fmt: skip
-    if (tokenizer := args.run / "tokenizer").is_dir() and args.out != args.run:
+    if (tokenizer := args.run / "tokenizer").is_dir() and args.out.resolve() != args.run.resolve():
         shutil.copytree(tokenizer, args.out / "tokenizer", dirs_exist_ok=True)
     # Linux counts in KiB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -102,7 +102,12 @@ def heat_maps(run: str, events: Events) -> list[HeatMap]:
         of_blocks = [n for n in names(events, "blocks") if n.endswith(f"/{suffix}")]
         if not of_blocks:
             continue
-        rows = [series(events, name, "blocks") for name in of_blocks]
+        # a model has the same blocks all the time; what another one left behind is not drawn
+        last_of = last(events, "blocks")
+        rows = [series(events, name, "blocks") for name in of_blocks if name in last_of]
+        of_blocks = [name for name in of_blocks if name in last_of]
+        n = min(len(values) for _, values in rows)
+        rows = [(steps[-n:], values[-n:]) for steps, values in rows]
         values = np.stack([row_values for _, row_values in rows])
         blocks = [name.removesuffix(f"/{suffix}") for name in of_blocks]
         found.append(HeatMap(f"{run}: {title}", rows[0][0], blocks, values))

@@ -11,6 +11,7 @@ is unpickled. A folder has its final name when all of it is complete and synced.
 import hashlib
 import json
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.console import InputError, logger
+from pipeline.files import json_bytes, write_json
 
-SCHEMA_VERSION = 2
-META = {
-    "schema_version", "updates", "applied", "world", "files", "shapes", "kind", "identity", "state",
-}  # fmt: skip
+SCHEMA_VERSION = 3
 NAME = re.compile(r"step-(\d{7,})")
 
 log = logger("train")
@@ -50,25 +49,40 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def named(out: Path) -> list[Path]:
+    """Folders that have the name of a checkpoint, oldest first, whatever is in them."""
+    folders = sorted((out / "checkpoints").glob("step-*"))
+    return [folder for folder in folders if NAME.fullmatch(folder.name)]
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """Describe a checkpoint; the description is held to a crc32, for nothing else hashes it."""
+    meta = {"schema_version": SCHEMA_VERSION, **meta}
+    write_json(folder / "meta.json", meta | {"crc32": _crc(meta)})
+
+
+def _crc(meta: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json_bytes(meta)):08x}"
+
+
 def complete(out: Path) -> list[Path]:
     """Checkpoints whose files all have the sizes that were written, oldest first.
 
     Others are passed over, and the log says so.
     """
     found = []
-    for folder in sorted((out / "checkpoints").glob("step-*")):
-        if NAME.fullmatch(folder.name) is None:
-            continue
+    for folder in named(out):
         try:
             meta = json.loads((folder / "meta.json").read_text())
-            is_other = meta["schema_version"] != SCHEMA_VERSION  # which ``read_meta`` refuses
-            if missing := set() if is_other else META - set(meta):
-                raise KeyError(f"meta.json lacks {', '.join(sorted(missing))}")
-            files = (
-                {} if is_other else {name: file["bytes"] for name, file in meta["files"].items()}
-            )
+            crc = meta.pop("crc32", None)
+            # the second had none; ``read_meta`` refuses it
+            if crc != _crc(meta) and not (crc is None and meta["schema_version"] == 2):
+                raise ValueError("meta.json is damaged")
+            files = {}
+            if meta["schema_version"] == SCHEMA_VERSION:  # else ``read_meta`` refuses it
+                files = {name: file["bytes"] for name, file in meta["files"].items()}
             sizes = {name: (folder / name).stat().st_size for name in files}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             log.warning("%s is no complete checkpoint (%s): passed over", folder, error)
             continue
         if sizes != files:

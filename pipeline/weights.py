@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ Config = TypeVar("Config")
 SCHEMA_VERSION = 2
 FILE_BYTES = 5 << 30  # of one file, about
 ONE_FILE = "model.safetensors"
+OWN_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json|\.tmp)?")
 # names of types in the header of safetensors
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
@@ -120,7 +122,7 @@ def save_weights(
         for name, part in zip(names, parts, strict=True)
     }
     for old in folder.glob("model*.safetensors*"):
-        if old.name not in files:
+        if old.name not in files and OWN_FILE.fullmatch(old.name):
             old.unlink()
     if len(parts) > 1:
         where = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}

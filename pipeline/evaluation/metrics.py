@@ -10,6 +10,7 @@ from pipeline.console import InputError
 
 Events = list[dict[str, Any]]
 
+LARGEST = 1e100  # beyond it a figure has run away, and axes cannot be drawn
 NO_FIGURES = ("kind", "step", "time_s")
 
 
@@ -32,7 +33,7 @@ def read_metrics(run: Path) -> Events:
 def _event(path: Path, number: int, line: str, is_last: bool) -> dict[str, Any]:
     try:
         event = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         half = "was the run killed in the middle of it? Start the run again, or delete the line"
         way_out = half if is_last else "delete the line"
         raise InputError(f"{path}: line {number} is no JSON ({error}); {way_out}") from error
@@ -61,5 +62,5 @@ def names(events: Events, *kinds: str) -> list[str]:
 def series(events: Events, name: str, *kinds: str) -> tuple[np.ndarray, np.ndarray]:
     """(updates, values) float64 [n] of one figure in events of these kinds."""
     points = [(e["step"], e[name]) for e in events if e["kind"] in kinds and name in e]
-    steps_values = np.array(points, dtype=np.float64).reshape(-1, 2)
-    return steps_values[:, 0], steps_values[:, 1]
+    steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
+    return steps, np.where(np.abs(values) > LARGEST, np.inf, values)

@@ -24,16 +24,17 @@ from torch import Tensor
 from pipeline.console import InputError, OwnError
 from pipeline.files import filling, write_json
 from pipeline.slices import (
-    SCHEMA_VERSION,
     complete,
     damaged,
     folder_of,
     log,
+    named,
     open_slices,
     rank_file,
     read_meta,
     sha256,
     updates_of,
+    write_meta,
 )
 from pipeline.training.engine import Engine
 
@@ -91,9 +92,13 @@ class Keeping:
         """What the options say."""
         return cls(args.resume, args.keep, args.keep_every)
 
-    def outlived(self, folders: list[Path]) -> list[Path]:
-        """Those of ``folders``, oldest first, that may go."""
-        old = folders[: -self.newest]
+    def outlived(self, folders: list[Path], newest: Path) -> list[Path]:
+        """Those of ``folders``, oldest first, that may go now that ``newest`` is written.
+
+        What has a higher number was passed over for an older one, and counts for nothing.
+        """
+        before = [folder for folder in folders if updates_of(folder) < updates_of(newest)]
+        old = before[: max(0, len(before) - (self.newest - 1))]
         return [f for f in old if not self.every or updates_of(f) % self.every]
 
     def check(self, out: Path, has_resumed: bool) -> None:
@@ -142,7 +147,6 @@ class Save:
             for key, value in part.values.items():
                 self._tensors[f"{key}/{name}"] = value.cpu().contiguous().clone()
         self._meta = {
-            "schema_version": SCHEMA_VERSION,
             "updates": engine.updates,
             "applied": engine.applied,
             "world": engine.world,
@@ -162,7 +166,8 @@ class Save:
         own = torch.tensor([n_bytes, n_bytes > 0], dtype=torch.float64, device=engine.device)
         total, writers = engine.sum(own).tolist()
         if engine.rank == 0:
-            shutil.rmtree(self._staged, ignore_errors=True)
+            for left in self._staged.parent.glob("step-*.*"):  # of saves that were killed
+                _remove(left)
             check_room(self._out, int(total))
             self._staged.mkdir(parents=True)
         engine.barrier()
@@ -195,12 +200,13 @@ class Save:
         for record in records:
             files[record.with_suffix(".safetensors").name] = json.loads(record.read_text())
             record.unlink()
-        write_json(self._staged / "meta.json", {**self._meta, "files": files})
-        shutil.rmtree(self._final, ignore_errors=True)
+        write_meta(self._staged, {**self._meta, "files": files})
+        if self._final.exists():  # which was passed over
+            _remove(self._final)
         os.rename(self._staged, self._final)
         _sync(self._final.parent)
-        for old in self._keeping.outlived(complete(self._out)):
-            shutil.rmtree(old)
+        for old in self._keeping.outlived(complete(self._out), self._final):
+            _remove(old)
 
     @property
     def problem(self) -> Exception | None:
@@ -245,10 +251,30 @@ def _write(path: Path, tensors: _T, places: dict[str, str]) -> None:
         ) from error
 
 
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint, or what is left of one; a save goes on where that cannot be done."""
+    gone = folder.with_name(folder.name.partition(".")[0] + ".deleted")  # half of it is no torn one
+    try:
+        if folder != gone:
+            shutil.rmtree(gone, ignore_errors=True)
+            os.rename(folder, gone)
+        if gone.is_symlink():
+            gone.unlink()
+        else:
+            shutil.rmtree(gone)
+    except OSError as error:
+        log.warning("%s cannot be deleted (%s): delete it yourself", folder, error)
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def _size(n_bytes: int) -> str:
+    unit, n = ("GiB", 30) if n_bytes >= 1 << 30 else ("MiB", 20)
+    return f"{n_bytes / 2**n:.1f} {unit}"
 
 
 def check_room(out: Path, n_bytes: int) -> None:
@@ -256,8 +282,8 @@ def check_room(out: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(out).free
     if free < n_bytes + SPARE:
         raise InputError(
-            f"a checkpoint takes {n_bytes / 2**30:.1f} GiB and {out} has room for "
-            f"{free / 2**30:.1f}: make room and start again; the checkpoints before are kept"
+            f"a checkpoint takes {_size(n_bytes + SPARE)} and {out} has room for "
+            f"{_size(free)}: make room and start again; the checkpoints before are kept"
         )
 
 
@@ -293,7 +319,8 @@ def resume(engine: Engine, out: Path, identity: dict[str, Any]) -> dict[str, Any
             log.error("%s: %s is damaged (sha256 differs)", folder, name)
         log.warning("%s is damaged: the checkpoint before it is used", folder)
         passed_over.append(folder)
-    if passed_over:
+    # file systems lag behind each other: the first rank says what there is
+    if _sum(engine, len(named(out)) if engine.rank == 0 else 0):
         raise InputError(
             f"every checkpoint under {out} is damaged: copy one there that is not, or delete "
             f"{out / 'checkpoints'} to begin anew"

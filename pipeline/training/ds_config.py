@@ -34,6 +34,15 @@ STAGES = (2, 3)
 OFFLOADS = ("offload_optimizer", "offload_param")
 # and offloading, whose way through stage 2 is another one
 ONLY_STAGE_3 = ("stage3_", "zero_hpz_", "zero_quantized_", "offload_")
+# of ZeRO, what DeepSpeed 0.19.8 takes here and then fails on, or what has another owner
+NOT_HERE = (
+    "compute_grad_norm", "cpu_offload", "cpu_offload_params", "cpu_offload_param",
+    "cpu_offload_use_pin_memory", "elastic_checkpoint", "legacy_stage1",
+    "module_granularity_threshold", "stage3_module_granularity_threshold",
+    "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights",
+    "zenflow",
+)  # fmt: skip
+IN_OFFLOAD = ("device", "pin_memory", "buffer_count", "fast_init", "buffer_size", "max_in_cpu")
 NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # keys of our own, which DeepSpeed does not get to see
 OWN = ("activation_checkpointing", "compute_dtype", "hybrid_sharding")
@@ -58,7 +67,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"no ds_config at {path} ({error.strerror}); ds_configs/ has some"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}; a ds_config is a JSON object")
@@ -114,6 +123,20 @@ def resolve(
 
 
 def _check_stage(zero: dict[str, Any], world: int) -> None:
+    for key in NOT_HERE:
+        if key in zero:
+            raise InputError(f"zero_optimization.{key} is not supported here: leave it out")
+    for key in OFFLOADS:
+        section = zero.get(key) or {}
+        if not isinstance(section, dict) or section.get("device") == "nvme":
+            raise InputError(
+                f"zero_optimization.{key} is {section!r}; write "
+                '{"device": "cpu"}, or leave it out'
+            )
+        if unknown := sorted(set(section) - set(IN_OFFLOAD)):
+            raise InputError(
+                f"zero_optimization.{key}.{unknown[0]} is not supported here: leave it out"
+            )
     stage = zero.get("stage")
     if stage not in STAGES or isinstance(stage, bool):
         raise InputError(
@@ -127,9 +150,9 @@ def _check_stage(zero: dict[str, Any], world: int) -> None:
             "stage 3"
         )
     in_node = zero.get("zero_hpz_partition_size", 1)
-    if isinstance(in_node, int) and in_node > 1 and world % in_node:
+    if type(in_node) is not int or in_node < 1 or world % in_node:
         raise InputError(
-            f"zero_optimization.zero_hpz_partition_size is {in_node}, which does not divide "
+            f"zero_optimization.zero_hpz_partition_size is {in_node!r}, which does not divide "
             f"{world} ranks; take a number that does, the GPUs of a node"
         )
 
@@ -154,7 +177,7 @@ def _check_hybrid(ds: dict[str, Any], world: int) -> None:
             "hybrid_sharding shards parameters inside a node already: take stage 3 without "
             "zero_hpz_partition_size"
         )
-    if any(zero.get(key, {}).get("device", "none") != "none" for key in OFFLOADS):
+    if any((zero.get(key) or {}).get("device", "none") != "none" for key in OFFLOADS):
         raise InputError(
             "hybrid_sharding sums gradients on the GPUs: leave out offload_optimizer and "
             "offload_param"
@@ -207,8 +230,7 @@ def _check_values(ds: dict[str, Any]) -> None:
         raise InputError(f"steps_per_print is {steps!r}; write a whole number from 1 on")
     if not isinstance(value := ds.get("wall_clock_breakdown", False), bool):
         raise InputError(f"wall_clock_breakdown is {value!r}; write true or false")
-    if not isinstance(value := ds.get("comms_logger", {}), dict):
-        raise InputError(f"comms_logger is {value!r}; it must be an object")
+    _check_comms_logger(ds.get("comms_logger", {}))
     accumulated = ds.get("data_types", {}).get("grad_accum_dtype")
     for key, value in (
         ("data_types.grad_accum_dtype", accumulated),
@@ -227,6 +249,20 @@ def _check_values(ds: dict[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise InputError(f"{where} is {first['input']!r}: {first['msg']}") from error
+
+
+def _check_comms_logger(section: Any) -> None:
+    from deepspeed.comm.config import CommsLoggerConfig
+    from pydantic import ValidationError
+
+    if not isinstance(section, dict):
+        raise InputError(f"comms_logger is {section!r}; it must be an object")
+    try:
+        CommsLoggerConfig(**section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("comms_logger", *first["loc"])))
         raise InputError(f"{where} is {first['input']!r}: {first['msg']}") from error
 
 

@@ -283,7 +283,11 @@ class _Session(Generic[Batch]):
         """To the last checkpoint, and on with the batches behind those of the spike."""
         here = self.engine.updates + self.skipped_batches
         returns = self.guard.returns
-        self.resume()
+        if not self.resume():
+            raise InputError(
+                f"the loss has run away by update {self.engine.updates}, before the first "
+                "checkpoint: begin with a smaller step size or a longer warm-up in the preset"
+            )
         self.guard.returns = returns
         self.guard.went_back()
         self.skipped_batches = here - self.engine.updates

@@ -175,11 +175,6 @@ def _offloads(ds: dict[str, Any], what: str) -> bool:
     """Whether ``what`` ("optimizer", "param") lies on the host."""
     section = getattr(zero_section(ds), f"offload_{what}")
     device = "none" if section is None else section.device
-    if device == "nvme":
-        raise InputError(
-            f"zero_optimization.offload_{what}.device is 'nvme', which is not planned here: take "
-            '"cpu" or "none"'
-        )
     return bool(device == "cpu")
 
 

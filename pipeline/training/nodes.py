@@ -160,11 +160,14 @@ class Exchange:
             dist.all_reduce(summed, group=self.nodes.between)
         return summed
 
-    def set_error(self, name: str, summed: Tensor) -> None:
-        """Give each node its share of an ``error_of``."""
+    def set_error(self, name: str, summed: Tensor | None) -> None:
+        """Give each node its share of an ``error_of``; without one, nothing is left to send."""
         assert self.powersgd is not None
         error = self.powersgd.error[name]
-        error.copy_((summed / self.nodes.count).view_as(error))
+        if summed is None:
+            error.zero_()
+        else:
+            error.copy_((summed / self.nodes.count).view_as(error))
 
 
 def _messages(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
+from pipeline.console import InputError
+
 NUDGE = 1e-6  # on P's diagonal: columns that are zero become orthonormal too (appendix E)
 
 
@@ -28,13 +30,22 @@ def compressible(shapes: dict[str, list[int]], ranks: int, rank: int) -> dict[st
 
     Matrices of the residual blocks of which a GPU holds whole rows. Embeddings, heads, gains and
     biases are sent as they are, as in the paper.
+
+    Raises:
+        InputError: none of them is large enough for factors of this rank.
     """
     parts = {
         name: (shape[0] // ranks, shape[1])
         for name, shape in shapes.items()
         if name.startswith("blocks.") and len(shape) == 2 and shape[0] % ranks == 0
     }
-    return {name: part for name, part in parts.items() if rank and pays(*part, rank)}
+    found = {name: part for name, part in parts.items() if pays(*part, rank)}
+    if not found:
+        raise InputError(
+            f"hybrid_sharding.powersgd_rank is {rank * ranks}, {rank} a GPU: no matrix of this "
+            "model is large enough that factors of that rank were smaller; take less, or 0"
+        )
+    return found
 
 
 class PowerSGD:

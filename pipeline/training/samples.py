@@ -49,7 +49,7 @@ class Sheet:
             return
         try:
             self._draw(model, path)
-        except (InputError, torch.OutOfMemoryError) as error:
+        except (InputError, torch.OutOfMemoryError, OSError) as error:
             # whether a run goes on is for its guard to say
             log.warning("update %d: no samples: %s", engine.updates, error)
 

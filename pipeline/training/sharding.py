@@ -62,7 +62,9 @@ def count_shards(run: DalleRun, ds: dict[str, Any], world: int) -> Shards:
     """What ``world`` ranks share, as DeepSpeed 0.19.8 cuts it."""
     if ds["zero_optimization"]["stage"] == 2:
         return _shards_of_stage_2(run, ds, world)
-    return _shards_of_stage_3(run, ds, ds_config.shard_ranks(ds, world))
+    ranks = ds_config.shard_ranks(ds, world)
+    # one node has nobody to exchange with
+    return _shards_of_stage_3(run, ds, ranks, ds_config.powersgd_rank(ds) if ranks < world else 0)
 
 
 def _shards_of_stage_2(run: DalleRun, ds: dict[str, Any], world: int) -> Shards:
@@ -89,7 +91,7 @@ def _has_scales(ds: dict[str, Any]) -> bool:
     return ds_config.compute_dtype_name(ds) == "float16"
 
 
-def _shards_of_stage_3(run: DalleRun, ds: dict[str, Any], world: int) -> Shards:
+def _shards_of_stage_3(run: DalleRun, ds: dict[str, Any], world: int, rank: int) -> Shards:
     """``zero.Init`` and stage3.py."""
     model = _model(run.model)
     sizes = [p.numel() for p in model.parameters()]
@@ -98,9 +100,8 @@ def _shards_of_stage_3(run: DalleRun, ds: dict[str, Any], world: int) -> Shards:
     threshold = zero.param_persistence_threshold
     groups = parameter_groups(model, run.optimizer, by_block=_has_scales(ds))
     own = sum(-(-n // world) for n in sizes)
-    rank = ds_config.powersgd_rank(ds)
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    factored = compressible(shapes, world, rank).values()
+    factored = compressible(shapes, world, rank).values() if rank else ()
     return Shards(
         total=sum(sizes),
         own=own,

@@ -53,7 +53,8 @@ class Watch:
         if self.patience:
             folder = self.out / "stacks"
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(folder / f"rank-{self.rank:05d}.txt", "w")
+            # behind those of a hang before
+            self._file = open(folder / f"rank-{self.rank:05d}.txt", "a")
         self.beat()
         threading.Thread(target=self._look, name="watch", daemon=True).start()
         return self

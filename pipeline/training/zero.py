@@ -180,6 +180,11 @@ class ZeroEngine(Engine):
         self.micro_batch = resolved["train_micro_batch_size_per_gpu"]
         self.accumulation = resolved["gradient_accumulation_steps"]
         self.compute_dtype = getattr(torch, ds_config.compute_dtype_name(ds))
+        if resolved.get("fp16") and not deepspeed.get_accelerator().is_fp16_supported():
+            raise InputError(
+                'fp16 of the ds_config is not there on this device: write "compute_dtype": "fp16" '
+                "for float32 parameters and float16 matrices, or take bf16"
+            )
         self._refuse_what_cannot_fit(run, ds)
         ranks = ds_config.shard_ranks(ds, self.world)
         nodes = Nodes(self.rank, self.world, ranks) if ranks < self.world else None
@@ -224,13 +229,7 @@ class ZeroEngine(Engine):
                 "hybrid_sharding.powersgd_rank is for matrices of the transformer: take 0 for "
                 "stage 1"
             )
-        shapes = compressible(self.shapes(), ranks, rank)
-        if not shapes:
-            raise InputError(
-                f"hybrid_sharding.powersgd_rank is {rank * ranks}, {rank} a GPU: no matrix of this "
-                "model is large enough that factors of that rank were smaller; take less, or 0"
-            )
-        return PowerSGD(shapes, rank, seed, self.device)
+        return PowerSGD(compressible(self.shapes(), ranks, rank), rank, seed, self.device)
 
     def _refuse_what_cannot_fit(
         self, run: config.DvaeRun | config.DalleRun, ds: dict[str, Any]
@@ -344,10 +343,11 @@ class ZeroEngine(Engine):
                 state["step"].fill_(saved.steps[name])
             for key in keys:
                 state[key][part.here] = saved.read(name, key, part.start, stop)
-            # none where the checkpoint's run did not compress
-            has_error = saved.numel(name, "error") > 0
-            if has_error and self._exchange and self._exchange.compresses(name):
-                self._exchange.set_error(name, saved.read(name, "error", part.start, stop))
+            if self._exchange and self._exchange.compresses(name):
+                # none where the checkpoint's run did not compress
+                has_error = saved.numel(name, "error") > 0
+                error = saved.read(name, "error", part.start, stop) if has_error else None
+                self._exchange.set_error(name, error)
         self._shards.publish()
 
     def check(self) -> None:

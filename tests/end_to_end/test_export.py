@@ -1,6 +1,5 @@
 """What an export of several ranks holds, and what it takes."""
 
-import json
 import subprocess
 import sys
 import time
@@ -48,10 +47,10 @@ def large_run(tmp_path):
         save_file(part, path, metadata={f"t{i}": f"{rank * n // 2} 7" for i in range(N)})
         files[path.name] = {"bytes": path.stat().st_size, "sha256": slices.sha256(path)}
     identity = {"preset": {"model": {"width": 1}}}
-    meta = {"schema_version": slices.SCHEMA_VERSION, "updates": 7, "applied": 7, "world": 2,
+    meta = {"updates": 7, "applied": 7, "world": 2,
             "shapes": {f"t{i}": [n] for i in range(N)}, "kind": "toy", "identity": identity,
             "state": {}, "files": files}  # fmt: skip
-    (folder / "meta.json").write_text(json.dumps(meta))
+    slices.write_meta(folder, meta)
     return tmp_path
 
 

@@ -104,6 +104,24 @@ def test_markup_in_a_name_is_shown_not_obeyed(dalle):
     assert "<b>" not in plot.last_values(plot.read_runs([f"<b>x</b>={dalle}"]))
 
 
+def test_figures_that_have_run_away_and_blocks_that_come_late_are_drawn(tmp_path):
+    first = {"a/scale_log2": 13.0, "gone/scale_log2": 12.0}
+    run = write(
+        tmp_path / "wild",
+        event("train", 1, **DALLE | {"loss": 1e308}),
+        event("train", 2, **DALLE | {"loss": -1e308}),
+        event("train", 3, **DALLE),
+        event("blocks", 1, **first),
+        event("blocks", 3, **{"a/scale_log2": 13.5, "b/scale_log2": 13.0}),
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.plot", run, "--out", tmp_path / "out"],
+        check=False, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "out" / "curves.png").width > 500
+
+
 def test_what_cannot_be_drawn_is_a_sentence(tmp_path, dalle):
     broken = write(tmp_path / "broken")
     (broken / "metrics.jsonl").write_text('{"kind": "train", "st')

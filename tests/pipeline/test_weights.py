@@ -215,6 +215,17 @@ def test_saving_again_replaces_the_model(folder):
     assert load_weights(folder, "dvae").tensors.keys() == {"weight"}
 
 
+def test_files_of_others_stay(folder):
+    others = [folder / name for name in ("model-mine.safetensors", "model2.safetensors")]
+    for path in others:
+        path.write_bytes(b"mine")
+    left = folder / "model-00001-of-00002.safetensors"
+    left.write_bytes(b"of a larger one")
+    save_weights(folder, "dvae", {"n_in": 3}, TENSORS, MADE_OF)
+    assert all(path.read_bytes() == b"mine" for path in others)
+    assert not left.exists()
+
+
 def test_tensors_need_not_be_contiguous(tmp_path):
     save_weights(tmp_path, "dvae", {}, {"weight": TENSORS["weight"].t()}, {})
     assert torch.equal(load_weights(tmp_path, "dvae").tensors["weight"], TENSORS["weight"].t())

@@ -197,9 +197,60 @@ def test_passing_over_is_said(tmp_path, monkeypatch):
 
 def test_without_a_checkpoint_nothing_is_restored(tmp_path):
     assert checkpoint.resume(Sharded(0), tmp_path, IDENTITY) is None
-    save(tmp_path, 5)
-    (tmp_path / "checkpoints/step-0000005/meta.json").unlink()
+    # nor a killed save, which never had the name
+    (tmp_path / "checkpoints/step-0000005.partial").mkdir(parents=True)
     assert checkpoint.resume(Sharded(0), tmp_path, IDENTITY) is None
+
+
+@pytest.mark.parametrize("lost", ["meta.json", "rank-00000.safetensors"])
+def test_a_run_whose_checkpoints_are_all_half_gone_does_not_begin_anew(tmp_path, lost):
+    for updates in (5, 10):
+        save(tmp_path, updates)
+        (tmp_path / f"checkpoints/step-{updates:07d}" / lost).unlink()
+    with pytest.raises(InputError, match=f"every checkpoint under {tmp_path} is damaged"):
+        resume(tmp_path)
+
+
+def test_no_flipped_bit_of_the_description_is_believed(tmp_path):
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    path = tmp_path / "checkpoints/step-0000010/meta.json"
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 37):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        assert [f.name for f in slices.complete(tmp_path)] == ["step-0000005"], bit
+    path.write_bytes(whole)
+    assert len(slices.complete(tmp_path)) == 2
+
+
+def test_a_damaged_newest_one_costs_no_good_one(tmp_path):
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    cut(tmp_path / "checkpoints/step-0000010/rank-00000.safetensors")
+    (tmp_path / "checkpoints/step-0000020").mkdir()
+    save(tmp_path, 15)
+    save_one(Sharded(7), tmp_path, newest=1)
+    assert slices.complete(tmp_path)[0].name == "step-0000007"
+    save_one(Sharded(8), tmp_path, newest=1)
+    assert [f.name for f in slices.complete(tmp_path)] == ["step-0000008", "step-0000015"]
+
+
+def test_what_cannot_be_deleted_ends_no_run(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    save(tmp_path / "elsewhere", 5)
+    (tmp_path / "checkpoints").mkdir()
+    link = tmp_path / "checkpoints/step-0000005"
+    link.symlink_to(tmp_path / "elsewhere/checkpoints/step-0000005")
+    for updates in (10, 15):
+        save(tmp_path, updates)
+    assert folders(tmp_path) == ["step-0000010", "step-0000015"]
+    assert folders(tmp_path / "elsewhere") == ["step-0000005"]
+    (tmp_path / "checkpoints/step-0000017.partial").mkdir()
+    (tmp_path / "checkpoints/step-0000003.deleted").mkdir()
+    save(tmp_path, 20)
+    assert folders(tmp_path) == ["step-0000015", "step-0000020"]
 
 
 def test_only_the_newest_two_are_kept(tmp_path):
@@ -242,15 +293,21 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, identity, sentence):
         resume(tmp_path, identity=identity)
 
 
-@pytest.mark.parametrize(("version", "way_out"), [(1, "give another --out"), (3, "update the")])
+@pytest.mark.parametrize(
+    ("version", "way_out"),
+    [(1, "give another --out"), (2, "give another --out"), (4, "update the")],
+)
 def test_another_schema_is_refused(tmp_path, version, way_out):
     save(tmp_path, 5)
-    path = tmp_path / "checkpoints/step-0000005/meta.json"
-    meta = json.loads(path.read_text()) | {"schema_version": version}
-    if version == 1:
+    folder = tmp_path / "checkpoints/step-0000005"
+    meta = json.loads((folder / "meta.json").read_text()) | {"schema_version": version}
+    del meta["crc32"]
+    if version == 2:  # which had none
+        (folder / "meta.json").write_text(json.dumps(meta))
+    else:
         del meta["state"]
-    path.write_text(json.dumps(meta))
-    with pytest.raises(InputError, match=f"schema version {version}, this code reads 2; {way_out}"):
+        slices.write_meta(folder, meta)
+    with pytest.raises(InputError, match=f"schema version {version}, this code reads 3; {way_out}"):
         resume(tmp_path)
 
 
@@ -278,7 +335,7 @@ def test_no_room_is_known_before_anything_is_written(tmp_path, monkeypatch, worl
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=3 << 23))
     save(tmp_path, 10, world)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 23))
-    with pytest.raises(InputError, match=r"takes 0\.0 GiB and .* has room for 0\.0: make room and"):
+    with pytest.raises(InputError, match=r"takes 16\.\d MiB and .* has room for 8\.0 MiB: make"):
         save(tmp_path, 15, world)
     assert folders(tmp_path) == ["step-0000005", "step-0000010"]
 

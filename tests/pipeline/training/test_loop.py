@@ -356,6 +356,16 @@ def test_a_spike_is_left_out_and_the_run_goes_on(tiny, tmp_path, monkeypatch, ch
     assert (tmp_path / loop.DONE).exists()
 
 
+def test_a_loss_that_runs_away_before_the_first_checkpoint_ends_the_run(
+    tiny, tmp_path, monkeypatch
+):
+    poison_data(monkeypatch, range(2, 20))
+    spike = dataclasses.replace(SPIKE, skips=2)
+    with pytest.raises(InputError, match="run away by update 4, before the first checkpoint: beg"):
+        train(stage_of(tiny, spike=spike), tmp_path)
+    assert not slices.named(tmp_path)
+
+
 def poison_data(monkeypatch, batches):
     """Make the loss of some batches, counted from the beginning of the data, no number."""
     micro_batches, loss = DalleStage.micro_batches, DalleStage.loss

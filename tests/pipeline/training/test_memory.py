@@ -340,8 +340,8 @@ def test_the_preflight_says_what_to_do_when_no_micro_batch_fits():
     ("zero", "options", "sentence"),
     [
         ({"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}, {},
-         "offload_optimizer.device is 'nvme', which is not planned here: take \"cpu\" or \"none\""),
-        ({"offload_param": {"device": "nvme", "nvme_path": "/x"}}, {}, "offload_param.device is"),
+         "offload_optimizer is .*'nvme'.*; write .*cpu.*, or leave it out"),
+        ({"offload_param": {"device": "nvme", "nvme_path": "/x"}}, {}, "offload_param is .*nvme"),
         ({"zero_hpz_partition_size": 7}, {},
          "zero_hpz_partition_size is 7, which does not divide 64 ranks; take a number that does"),
         ({}, {"attention": "naive"}, "attention is 'naive'; it is planned for triton and windowed"),

@@ -34,6 +34,14 @@ def test_a_line_an_event(tmp_path):
     assert first["time_s"] >= 0
 
 
+def test_bytes_that_are_no_text_cost_a_resume_nothing(tmp_path):
+    record(tmp_path, range(1, 4))
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'\xff\xfe{"step"\n' + b"[" * 100_000)
+    record(tmp_path, [4], done=3)
+    assert [line["step"] for line in tiny.curve(tmp_path)] == [1, 2, 3, 4]
+
+
 def test_lines_past_the_resumed_update_are_taken_back(tmp_path):
     record(tmp_path, range(1, 9))
     record(tmp_path, range(6, 8), done=5)
