@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV = .venv/bin/python
 STAMP = .venv/.installed
+# processes that share the tests of make test
+WORKERS ?= 2
 
 .PHONY: demo test test-slow test-ray lint bench gpu-check clean
 
@@ -11,7 +13,7 @@ demo: $(STAMP)
 	./demo.sh
 
 test: $(STAMP)
-	$(VENV) -m pytest --durations=10
+	$(VENV) -m pytest -n $(WORKERS) --dist loadfile --durations=10
 
 # what starts several processes, or takes long
 test-slow: $(STAMP)

@@ -7,8 +7,7 @@ from tests.end_to_end import soak
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [3, 2])
-def test_training_survives_kills_bit_for_bit(tiny, tmp_path, one_cpu_thread, stage):
-    calm, killed, kinds = soak.survive(tiny, tmp_path, stage, kills=3, steps=40, seed=stage)
+def test_training_survives_kills_bit_for_bit(tiny, tmp_path, one_cpu_thread):
+    calm, killed, kinds = soak.survive(tiny, tmp_path, 3, kills=3, steps=40, seed=3)
     assert len(set(kinds)) == 3
     assert soak.differences(calm, killed) == []

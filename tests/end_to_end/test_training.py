@@ -155,21 +155,6 @@ def test_the_dvae_trains_on_zero_3_as_on_plain_pytorch(made, preset, ranks):
         assert (zero[name] - value).norm() < 0.01 * (value - start[name]).norm(), name
 
 
-def test_two_ranks_killed_twice_and_resumed_are_never_stopped_bit_for_bit(made):
-    out = made.folder / "killed"
-    first = made.launch(out, preset="dalle_between_saves_killed")
-    assert first.returncode == -signal.SIGKILL, first.stderr
-    assert [line["step"] for line in curve(out)] == list(range(1, 8))
-    second = made.launch(out, preset="dalle_inside_save_killed")
-    assert second.returncode == -signal.SIGKILL, second.stderr
-    assert (out / "checkpoints/step-0000010.partial").exists()
-    assert not (out / "checkpoints/step-0000010").exists()
-    third = made.launch(out)
-    assert_finished(third, out)
-    assert "step-0000005, written by 2 ranks" in third.stderr
-    assert_same_bits(out, made.two())
-
-
 def test_stage_1_killed_twice_and_resumed_is_never_stopped_bit_for_bit(made):
     config = made.accumulating
     whole = made.finished("dvae-2", stage="dvae", config=config)
@@ -190,14 +175,6 @@ def test_two_ranks_with_accumulation_resume_bit_for_bit(made):
     out = made.from_the_middle_of(whole, "accumulating-again")
     assert_finished(made.launch(out, config=made.accumulating), out)
     assert_same_bits(out, whole)
-
-
-def test_a_checkpoint_of_two_ranks_goes_on_on_one(made):
-    out = made.from_the_middle_of(made.two(), "two-to-one")
-    done = made.launch(out, ranks=1)
-    assert_finished(done, out)
-    assert "step-0000015, written by 2 ranks" in done.stderr
-    assert_same_losses(out, made.two())
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_in_plain_pytorch(made):
