@@ -74,7 +74,10 @@ def test_workers_end_with_the_process_that_started_them(tmp_path, number):
     (tmp_path / "job.py").write_text(script)
     root = Path(__file__).parent.parent.parent
     command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path)]
-    job = subprocess.Popen(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    # who started the tests in the background has the signal of the keyboard ignored
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    job = subprocess.Popen(command, cwd=root, env=environment, preexec_fn=heard)  # noqa: PLW1509
     pids = _wait_for(lambda: [int(p.name[4:]) for p in tmp_path.glob("pid-*")], 2)
     job.send_signal(number)
     # what the workers are at would take ten minutes
