@@ -174,13 +174,21 @@ class Pattern:
 
     @property
     def n_slots(self) -> int:
-        """Ring slots of image keys and values that a layer must keep while it decodes.
+        """Slots of image keys and values that a layer must keep while it decodes."""
+        return self.reach + 1
 
-        Image token j lives in slot ``j % n_slots`` from step j until step ``j + n_slots``
-        overwrites it, when no later query sees it.
+    def slot_of(self, j: Tensor) -> Tensor:
+        """The slot that image tokens ``j`` live in, from step j until no later query sees them.
+
+        A ring, ``j % n_slots``; for "column" the grid column by column, so that the keys of a query
+        are neighbours: W - 1 slots a column and one more, the last, which the tokens of the last
+        grid row have by turns, for only they see themselves.
         """
-        # column: one slot a token, so that a column of the grid is a strided slice of the cache
-        return self.n_image if self.kind == "column" else self.reach + 1
+        if self.kind != "column":
+            return j % self.n_slots
+        row, column = j // self.grid, j % self.grid
+        last = self.grid - 1
+        return torch.where(row < last, column * last + row, self.grid * last)
 
     def key_slots(self, i: int) -> Tensor:
         """The slots that hold ``image_keys(i)`` at decoding step ``i``, in the same order.
@@ -193,7 +201,7 @@ class Pattern:
         Raises:
             ValueError: ``i`` is not an image token.
         """
-        return self.image_keys(i) % self.n_slots
+        return self.slot_of(self.image_keys(i))
 
     def slot_table(self) -> tuple[Tensor, Tensor]:
         """``key_slots`` of every step, padded to one width so that a tensor can index it.
@@ -207,7 +215,7 @@ class Pattern:
         is_key = torch.arange(int(counts.max()), device="cpu") < counts[:, None]
         slots = torch.zeros(is_key.shape, dtype=torch.int64, device="cpu")
         # nonzero lists the pairs row by row with ascending keys, the order in which is_key fills
-        slots[is_key] = sees.nonzero()[:, 1] % self.n_slots
+        slots[is_key] = self.slot_of(sees.nonzero()[:, 1])
         return slots, is_key
 
     def _image_mask(self) -> Tensor:

@@ -27,7 +27,7 @@ from pipeline import presets
 from pipeline.config import DalleConfig, DvaeConfig, require
 from pipeline.console import InputError, a_path, command, logger
 from pipeline.files import write_bytes
-from pipeline.generation.sampling import generate, pictures, set_sampling_dtype
+from pipeline.generation.sampling import generate, pictures, prepare
 from pipeline.models.dalle import Dalle, nll_sums
 from pipeline.models.dvae import DiscreteVAE
 from pipeline.training.optimizer import AdamW, parameter_groups
@@ -97,7 +97,7 @@ def sampled_image(args: argparse.Namespace) -> Callable[[], None]:
     model = Dalle(config).eval().requires_grad_(False)
     # a fresh head gives all tokens the same logits
     model.image_head.weight.normal_(std=0.02)
-    set_sampling_dtype(model, DTYPES[args.dtype])
+    prepare(model, DTYPES[args.dtype])
     dvae = DiscreteVAE(DvaeConfig(config.image_size, config.n_image_vocab, n_hid=16))
     dvae.eval().requires_grad_(False)
     text = torch.randint(config.n_text_vocab, (1, config.n_text))

@@ -324,6 +324,9 @@ class DalleRun:
     lr: StepSize
     text_weight: float = 1 / 8  # of the text loss; the image loss has the rest (section 2.2)
     bpe_dropout: float = 0.1  # footnote 5
+    # share of captions that are left empty, so that guidance has something to move away from
+    # (arXiv 2207.12598); paper: none
+    caption_dropout: float = 0.0
     z_loss: float = 0.0  # weight of the mean square of the log of the softmax's sum; paper: none
     val_images: int = 1024
     val_every: int = 1000
@@ -336,6 +339,10 @@ class DalleRun:
     def __post_init__(self) -> None:
         _check_run(self)
         require(0 <= self.bpe_dropout <= 1, f"bpe_dropout is {self.bpe_dropout}; it lies in [0, 1]")
+        require(
+            0 <= self.caption_dropout < 1,
+            f"caption_dropout is {self.caption_dropout}; take 0 or more, and less than 1",
+        )
         require(self.z_loss >= 0, f"z_loss is {self.z_loss}; take 0 or more")
 
 

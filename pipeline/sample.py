@@ -24,14 +24,8 @@ from pipeline.config import require
 from pipeline.console import Bar, InputError, a_path, command, logger
 from pipeline.data.pictures import save_png, tile, to_uint8
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.generation.sampling import (
-    MAX_WIDTH,
-    WIDTH,
-    check_settings,
-    generate,
-    pictures,
-    set_sampling_dtype,
-)
+from pipeline.generation.draw import Settings
+from pipeline.generation.sampling import MAX_WIDTH, WIDTH, Sampler, pictures, prepare
 from pipeline.models.dalle import Dalle, load_dalle
 from pipeline.models.dvae import DiscreteVAE, load_dvae
 
@@ -146,7 +140,9 @@ def sample(
 ) -> None:
     """Make and write ``args.count`` images of each caption, one batch after another."""
     orders = order(captions, args.count, args.seed)
-    settings = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "width")}
+    settings = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+    sampler = Sampler(models.dalle, Settings(**settings), args.width)
+    settings["width"] = args.width
     tiles: list[np.ndarray] = []
     out = args.out
     with (
@@ -156,12 +152,8 @@ def sample(
         for start in range(0, len(orders), args.width):
             batch = orders[start : start + args.width]
             seeds = [wanted.seed for wanted in batch]
-            codes_BI = generate(
-                models.dalle,
-                text[[wanted.caption_index for wanted in batch]],
-                seeds,
-                **settings,
-                advance=bar.advance,
+            codes_BI = sampler.draw(
+                text[[wanted.caption_index for wanted in batch]], seeds, advance=bar.advance
             )
             images = to_uint8(pictures(models.dvae, codes_BI, seeds, args.width))
             for wanted, image in zip(batch, images, strict=True):
@@ -238,8 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     captions = read_captions(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = load_models(args.model, args.dvae, device)
-    check_settings(models.dalle, args.temperature, args.top_k, args.top_p)
-    set_sampling_dtype(models.dalle, DTYPES[args.dtype])
+    Settings(args.temperature, args.top_k, args.top_p).check(models.dalle.config)
+    prepare(models.dalle, DTYPES[args.dtype])
     text = encode(models, captions)
     make_folder(args.out)
     sample(models, captions, text, args)

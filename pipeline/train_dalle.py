@@ -115,7 +115,8 @@ class DalleStage(loop.Stage[Batch]):
         share = {"rank": engine.rank, "world": engine.world, "n_text": run.model.n_text}
         self._train = TokenLoader(
             self.data.train, self.tokenizer,
-            batch=run.batch, seed=run.seed, dropout=run.bpe_dropout, **self.data.order, **share,
+            batch=run.batch, seed=run.seed, dropout=run.bpe_dropout,
+            caption_dropout=run.caption_dropout, **self.data.order, **share,
         )  # fmt: skip
         n = min(run.val_images, sum(len(side) for _, side in self.data.val))
         self._val_batch = max(min(run.batch, n) // engine.world, 1) * engine.world
@@ -169,14 +170,15 @@ class DalleStage(loop.Stage[Batch]):
         """
         text_logits, image_logits, text_tokens, image_tokens = self._logits(engine, batch)
         nll = nll_sums(text_logits, image_logits, text_tokens, image_tokens)
-        text, image = nll[0] / totals[0], nll[1] / totals[1]
+        # a small batch may have no caption at all
+        text, image = nll[0] / totals[0].clamp(min=1), nll[1] / totals[1]
         n_samples = totals[1] / self.run.model.n_image
         cut = batch.is_cut.sum().to(engine.device) / n_samples
         figures = {"text": text, "image": image, "captions_cut": cut}
         loss = self._weighted(text, image)
         if self.run.z_loss:
             z = z_sums(text_logits, image_logits, text_tokens)
-            figures["z"] = self._weighted(z[0] / totals[0], z[1] / totals[1])
+            figures["z"] = self._weighted(z[0] / totals[0].clamp(min=1), z[1] / totals[1])
             loss = loss + self.run.z_loss * figures["z"]
         return loss, figures
 

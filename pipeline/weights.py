@@ -295,8 +295,12 @@ def _averaged(folder: Path, meta: dict[str, Any], kind: str) -> Artifact:
 def describe(meta: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Config and ``made_of`` of the model in a checkpoint, from its description."""
     identity = dict(meta["identity"])
-    config: dict[str, Any] = identity.pop("preset")["model"]
-    return config, identity | {"updates": meta["updates"]}
+    preset = identity.pop("preset")
+    config: dict[str, Any] = preset["model"]
+    made_of = identity | {"updates": meta["updates"]}
+    if "caption_dropout" in preset:  # without it no guidance
+        made_of["caption_dropout"] = preset["caption_dropout"]
+    return config, made_of
 
 
 def export(

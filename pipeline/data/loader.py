@@ -48,6 +48,13 @@ def crop_of(seed: int, epochs: np.ndarray, rows: np.ndarray, n_crops: int) -> np
     return (epochs + drawn.astype(np.int64)) % n_crops
 
 
+def is_dropped(seed: int, epochs: np.ndarray, rows: np.ndarray, share: float) -> np.ndarray:
+    """Whether a row's caption is left out in an epoch, bool [n]: a ``share`` of them by chance."""
+    drawn = mix(rows.astype(np.uint64), keyed(seed, "caption"))
+    drawn = mix(drawn ^ epochs.astype(np.uint64), keyed(seed, "caption of epoch"))
+    return (drawn >> np.uint64(11)).astype(np.float64) / 2**53 < share
+
+
 class _Rows:
     """The rows of several sets that this rank takes at a position."""
 
@@ -109,6 +116,7 @@ class TokenLoader:
         tokenizer: captions are tokenised when they are loaded.
         n_text: text positions of the model; captions are cut at n_text - 1 tokens.
         dropout: of byte pairs, in [0, 1].
+        caption_dropout: share of captions that are left empty, in [0, 1).
         stream: what else ``Stream`` takes: batch, rank, world, seed, and weights and block.
             The seed is that of order, dropout and choice of crops; without one the rows come in
             order and show their first crop, as validation does.
@@ -119,7 +127,14 @@ class TokenLoader:
     """
 
     def __init__(
-        self, sets: Sets, tokenizer: Tokenizer, *, n_text: int, dropout: float, **stream: Any
+        self,
+        sets: Sets,
+        tokenizer: Tokenizer,
+        *,
+        n_text: int,
+        dropout: float,
+        caption_dropout: float = 0.0,
+        **stream: Any,
     ) -> None:
         for reader, _ in sets:
             if reader.kind != "tokens":
@@ -133,10 +148,11 @@ class TokenLoader:
                 + ", ".join(f"{r.folder} has {r.made_of['grid']} a side" for r, _ in sets)
             )
         self._rows = _Rows(sets, stream)
-        if dropout and self._rows.stream.seed is None:
-            raise InputError(f"dropout {dropout} without a seed: validation takes 0")
+        for name, share in (("dropout", dropout), ("caption_dropout", caption_dropout)):
+            if share and self._rows.stream.seed is None:
+                raise InputError(f"{name} {share} without a seed: validation takes 0")
         self.tokenizer = tokenizer
-        self.n_text, self.dropout = n_text, dropout
+        self.n_text, self.dropout, self.caption_dropout = n_text, dropout, caption_dropout
         n_samples = self._rows.stream.batch // self._rows.stream.world
         self._n_ahead = max(1, AHEAD // n_samples)
         self._ahead: deque[tuple[int, Batch]] = deque()
@@ -166,6 +182,12 @@ class TokenLoader:
         for k, here in self._rows.by_set(sets):
             image_tokens[here], captions[here] = self._read(k, ids[here], epochs[here])
         text_tokens, is_cut = self._text_tokens(captions.tolist(), sets, ids, epochs)
+        for k, here in self._rows.by_set(sets) if self.caption_dropout else ():
+            seed = self._rows.seeds[k]
+            assert seed is not None
+            dropped = is_dropped(seed, epochs[here], ids[here], self.caption_dropout)
+            text_tokens[here] = np.where(dropped[:, None], -1, text_tokens[here])
+            is_cut[here] &= ~dropped
         together = Batch(
             torch.from_numpy(text_tokens),
             torch.from_numpy(image_tokens),

@@ -5,95 +5,154 @@ a request: not on how many images it asks for, in which order, or which. Arithme
 differently in batches of different widths and in different rows of one, so every batch is
 ``width`` wide, padded where needed, and an image always sits in row ``seed % width``.
 
-Letters: B rows of a batch, T text positions, I image positions, V image vocabulary, Y X code grid.
+Letters: B images, T text positions, I image positions, G given image tokens, Y X code grid.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from pipeline.config import require
-from pipeline.generation.cache import BoundedCache
-from pipeline.models.dalle import NO_TOKEN, Attention, Block, Dalle, Dense
+from kernels.attention.decode import Place
+from pipeline.config import DalleConfig, require
+from pipeline.console import InputError
+from pipeline.generation.decoding import Decoder, caches_of
+from pipeline.generation.draw import Settings, noise
+from pipeline.models.dalle import NO_TOKEN, Dalle, Dense, Head
 from pipeline.models.dvae import DiscreteVAE
 
 WIDTH = 16  # images that are decoded side by side, unless the caller says otherwise
+MOST_FITTED = 256  # what ``fitting_width`` goes up to: 25 images/s of the 12B model, kernels' bench
 MAX_WIDTH = 4096
-WHOLE = 2**40  # probabilities are counted in units of 1 / WHOLE, see ``token_weights``
+# of the memory that is free: the rest is for what a step holds and for the decoder of the pictures
+SHARE = 0.8
+
+# called with the indices of the images of a batch, how many rows of the code grid they have, and
+# their codes int64 [images, rows, X] on the CPU
+OnRow = Callable[[list[int], int, Tensor], None]
 
 
-@torch.inference_mode()
+class Sampler:
+    """A model made ready to draw any number of images with the same settings.
+
+    Args:
+        model: any compute dtype, see ``prepare``.
+        settings: how tokens are drawn.
+        width: images decoded side by side; part of what decides an image's last bits.
+
+    Raises:
+        InputError: a setting out of its bounds.
+    """
+
+    def __init__(self, model: Dalle, settings: Settings | None = None, width: int = WIDTH) -> None:
+        self.model, self.settings, self.width = model, settings or Settings(), width
+        self.settings.check(model.config)
+        require(
+            1 <= width <= MAX_WIDTH,
+            f"width is {width}; take 1 to {MAX_WIDTH}, and more images come in waves",
+        )
+        self._decoder: Decoder | None = None
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        text_BT: Tensor,
+        seeds: Sequence[int],
+        given_BG: Tensor | None = None,
+        *,
+        on_row: OnRow | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """One image's codes for every caption and seed.
+
+        Args:
+            text_BT: a caption a row, int64 in [0, n_text_vocab), ``NO_TOKEN`` after its end.
+            seeds: one an image, 0 or more.
+            given_BG: the first image tokens of each, in raster order, which are kept as they are.
+            on_row: hears of every row of the code grid that is complete.
+            advance: called with the number of image tokens that were made.
+
+        Returns:
+            codes_BI int64 on the CPU, image tokens in raster order.
+
+        Raises:
+            InputError: a seed, caption, token or shape outside these bounds, weights that give no
+                number, or caches that do not fit into memory.
+        """
+        config = self.model.config
+        if given_BG is None:
+            given_BG = torch.empty(len(seeds), 0, dtype=torch.int64)
+        _check_request(config, text_BT, seeds, given_BG)
+        codes_BI = torch.empty(len(seeds), config.n_image, dtype=torch.int64)
+        for wave in waves(seeds, self.width):
+            rows = _rows(wave)
+            places = {row: i for row, i in enumerate(wave) if i is not None}
+            text_WT = text_BT[rows]
+            noise_WI = torch.stack([noise(seeds[i], config.n_image) for i in rows])
+            decoder = self._ready(len({tuple(row) for row in text_WT.tolist()}))
+            after = self._hearing(places, on_row, advance)
+            made_WI = decoder.decode(text_WT, noise_WI, given_BG[rows], after).cpu()
+            codes_BI[list(places.values())] = made_WI[list(places)]
+        return codes_BI
+
+    def _hearing(
+        self, places: dict[int, int], on_row: OnRow | None, advance: Callable[[int], None] | None
+    ) -> Callable[[int, Tensor], None]:
+        """What a batch calls after each token; ``places`` are its rows and the images in them."""
+        grid = self.model.config.grid
+
+        def after(n: int, codes_WI: Tensor) -> None:
+            if advance is not None:
+                advance(len(places))
+            if on_row is not None and n % grid == 0:
+                done = codes_WI[list(places), :n].cpu().unflatten(1, (-1, grid))
+                on_row(list(places.values()), n // grid, done)
+
+        return after
+
+    def _ready(self, n_captions: int) -> Decoder:
+        """A decoder with room for so many captions: a power of two, lest each wave makes one."""
+        if self._decoder is None or self._decoder.n_captions < n_captions:
+            room = min(1 << (n_captions - 1).bit_length(), self.width)
+            guidance = None if self.settings.guidance == 1 else self.settings.guidance
+            self._decoder = None  # its memory first
+            try:
+                self._decoder = Decoder(self.model, self.width, room, guidance, self.settings.draw)
+            except torch.OutOfMemoryError as error:
+                wanted = cache_bytes(self.model, self.width, room, self.settings) / 2**30
+                raise InputError(
+                    f"{self.width} images side by side keep {wanted:.1f} GiB of keys and values, "
+                    "which do not fit beside the model: take a smaller width"
+                ) from error
+        return self._decoder
+
+
 def generate(
     model: Dalle,
     text_BT: Tensor,
     seeds: Sequence[int],
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    settings: Settings | None = None,
     width: int = WIDTH,
-    advance: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """One image's codes for every caption and seed.
-
-    Args:
-        model: any compute dtype, see ``set_sampling_dtype``.
-        text_BT: a caption a row, int64 in [0, n_text_vocab), ``NO_TOKEN`` after its end.
-        seeds: one an image, 0 or more.
-        temperature: divides the logits; 0 takes the likeliest token whatever the seed.
-        top_k: draw among this many likeliest tokens (and any as likely as the last of them).
-        top_p: draw among the fewest likeliest tokens that have this much probability together,
-            after temperature and ``top_k``.
-        width: images decoded side by side; part of what decides an image's last bits.
-        advance: called with the number of image tokens that were made.
-
-    Returns:
-        codes_BI int64 on the CPU, image tokens in raster order.
-
-    Raises:
-        InputError: a setting, seed, caption or shape outside these bounds, or weights that give
-            no number.
-    """
-    check_settings(model, temperature, top_k, top_p)
-    _check_request(model, text_BT, seeds, width)
-    device = model.image_head.weight.device
-    codes_BI = torch.empty(len(seeds), model.config.n_image, dtype=torch.int64)
-    caches = _caches(model, width)
-    for wave in waves(seeds, width):
-        rows = _rows(wave)
-        text = text_BT[rows].to(device)
-        noise_BI = torch.stack([_noise(seeds[i], model.config.n_image) for i in rows]).to(device)
-
-        def draw(logits_BV: Tensor, i: int, noise_BI: Tensor = noise_BI) -> Tensor:
-            weights_BV = token_weights(logits_BV, temperature, top_k, top_p)
-            return pick(weights_BV, noise_BI[:, i : i + 1])
-
-        def count(n: int, images: int = len(set(rows))) -> None:
-            if advance is not None:
-                advance(n * images)
-
-        made_BI = _decode(model, caches, text, draw, count).cpu()
-        for row, image in enumerate(wave):
-            if image is not None:
-                codes_BI[image] = made_BI[row]
-    return codes_BI
+    """``Sampler.draw`` of one request."""
+    return Sampler(model, settings, width).draw(text_BT, seeds)
 
 
 @torch.inference_mode()
 def pictures(
     dvae: DiscreteVAE, codes_BI: Tensor, seeds: Sequence[int], width: int = WIDTH
 ) -> Tensor:
-    """The pictures of ``generate``'s codes, float32 [B, 3, 8 Y, 8 X] in [0, 1] on the CPU.
+    """The pictures of ``Sampler.draw``'s codes, float32 [B, 3, 8 Y, 8 X] in [0, 1] on the CPU.
 
-    With the seeds and the width that made the codes a picture's bits depend on nothing else.
+    With the seeds and the width that made the codes a picture's bits depend on nothing else. Codes
+    of the first rows alone, [B, rows * X], give the upper part.
     """
     grid = dvae.config.grid
     device = next(dvae.parameters()).device
     images: list[Tensor] = [torch.empty(0)] * len(seeds)
     for wave in waves(seeds, width):
-        codes_BYX = codes_BI[_rows(wave)].view(-1, grid, grid).to(device)
+        codes_BYX = codes_BI[_rows(wave)].view(width, -1, grid).to(device)
         made = dvae.decode(codes_BYX).cpu()
         for row, image in enumerate(wave):
             if image is not None:
@@ -113,105 +172,42 @@ def waves(seeds: Sequence[int], width: int) -> Iterator[list[int | None]]:
         yield [queue[k] if k < len(queue) else None for queue in queues]
 
 
-def token_weights(
-    logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None
-) -> Tensor:
-    """Probabilities int64 [B, V] in units of 1 / ``WHOLE``, 0 for what must not be drawn.
-
-    Whole numbers, because their sums do not depend on the order of summation: the running sum of
-    ``pick`` is the same on every device.
-    """
-    if temperature == 0:
-        best_B1 = logits_BV.argmax(-1, keepdim=True)
-        return torch.zeros_like(logits_BV, dtype=torch.int64).scatter_(1, best_B1, WHOLE)
-    if top_k is not None:
-        least_B1 = logits_BV.topk(top_k).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
-    # the largest is taken away first, lest a low temperature make infinities
-    logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
-    weights_BV = (logits_BV.softmax(-1) * WHOLE).long()
-    if top_p is not None:
-        sorted_BV = weights_BV.sort(-1, descending=True).values
-        running_BV = sorted_BV.cumsum(-1)
-        enough_B1 = (running_BV[:, -1:].double() * top_p).long()
-        # the token that reaches top_p is still drawn
-        n_B1 = (running_BV < enough_B1).sum(-1, keepdim=True)
-        weights_BV = weights_BV.masked_fill(weights_BV < sorted_BV.gather(1, n_B1), 0)
-    return weights_BV
-
-
-def pick(weights_BV: Tensor, noise_B1: Tensor) -> Tensor:
-    """The token of each row at which the running sum of its weights passes the share ``noise``.
-
-    Args:
-        weights_BV: int64, as ``token_weights`` gives them.
-        noise_B1: float64, uniform in [0, 1).
-
-    Returns:
-        int64 [B, 1]: a token's probability is its weight over the sum of the row.
-    """
-    running_BV = weights_BV.cumsum(-1)
-    share_B1 = (noise_B1 * running_BV[:, -1:]).long()
-    return torch.searchsorted(running_BV, share_B1, right=True)
-
-
-def set_sampling_dtype(model: Dalle, dtype: torch.dtype) -> None:
+def prepare(model: Dalle, dtype: torch.dtype) -> None:
     """Compute the matrices in ``dtype`` and keep them in it, so that no step casts a weight.
 
-    The model is then for sampling only: what the cast rounds away is gone.
+    They are laid out for products with few rows too: a step of one image reads them up to twice as
+    fast. The model is then for sampling only: what the cast rounds away is gone.
     """
     model.set_compute_dtype(dtype)
     for module in model.modules():
         if isinstance(module, Dense):
             module.to(dtype)
+        if isinstance(module, Dense | Head):
+            module.weight.data = module.weight.data.t().contiguous().t()
 
 
-def _decode(
-    model: Dalle,
-    caches: list[BoundedCache],
-    text_BT: Tensor,
-    draw: Callable[[Tensor, int], Tensor],
-    count: Callable[[int], None],
-) -> Tensor:
-    """Codes int64 [B, I] of one batch."""
-    for cache in caches:
-        cache.restart()
-    _blocks(model, model.text_embedding(text_BT), caches)
-    token_B1 = torch.full_like(text_BT[:, :1], NO_TOKEN)
-    codes_BI = torch.empty(len(text_BT), model.config.n_image, dtype=torch.int64).to(token_B1)
-    for i in range(model.config.n_image):
-        x_B1C = _blocks(model, model.image_embedding(token_B1, first=i), caches)
-        logits_BV = model.image_head(model.norm(x_B1C[:, 0]))
-        if i == 0:
-            require(
-                bool(logits_BV.isfinite().all()),
-                "the model gives logits that are no numbers: its training has diverged; "
-                "take an earlier checkpoint",
-            )
-        token_B1 = draw(logits_BV, i)
-        codes_BI[:, i : i + 1] = token_B1
-        count(1)
-    return codes_BI
+def cache_bytes(model: Dalle, width: int, n_captions: int, settings: Settings) -> int:
+    """Bytes of keys and values that a batch of so many images and captions keeps."""
+    is_guided = settings.guidance != 1
+    n_rows = width * (1 + is_guided)
+    place = Place(n_rows, n_captions + is_guided, torch.device("meta"))
+    dtype = next(m for m in model.modules() if isinstance(m, Dense)).compute_dtype
+    return sum(cache.kept.nbytes for cache in caches_of(model.config, place, dtype))
 
 
-def _blocks(model: Dalle, x_BNC: Tensor, caches: list[BoundedCache]) -> Tensor:
-    for block, cache in zip(model.blocks, caches, strict=True):
-        x_BNC = block(x_BNC, cache)
-    return x_BNC
+def fitting_width(model: Dalle, settings: Settings, free: int) -> int:
+    """The largest power of two that memory has room for, each image with a caption of its own.
 
-
-def _caches(model: Dalle, width: int) -> list[BoundedCache]:
-    """One a layer."""
-    caches = []
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        attention: Attention = block.attention
-        dtype, device = attention.qkv.compute_dtype, attention.qkv.weight.device
-        d_head = model.config.d_model // model.config.n_head
-        caches.append(
-            BoundedCache(attention.pattern, width, model.config.n_head, d_head, dtype, device)
-        )
-    return caches
+    Args:
+        model: as it will be sampled from.
+        settings: likewise.
+        free: bytes that can still be taken.
+    """
+    one = cache_bytes(model, 1, 1, settings)
+    # logits, weights, their running sums and what makes them, a row
+    one += 64 * model.config.n_image_vocab
+    most = max(1, min(MOST_FITTED, int(SHARE * free / one)))
+    return int(1 << (most.bit_length() - 1))
 
 
 def _rows(wave: list[int | None]) -> list[int]:
@@ -220,48 +216,31 @@ def _rows(wave: list[int | None]) -> list[int]:
     return [spare if i is None else i for i in wave]
 
 
-def _noise(seed: int, n_image: int) -> Tensor:
-    """The uniform numbers of one image, float64 [n_image], drawn on the CPU for every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(n_image, generator=generator, dtype=torch.float64)
-
-
-def check_settings(
-    model: Dalle, temperature: float, top_k: int | None, top_p: float | None
+def _check_request(
+    config: DalleConfig, text_BT: Tensor, seeds: Sequence[int], given_BG: Tensor
 ) -> None:
-    """Raise ``InputError`` unless ``generate`` can sample with these settings."""
-    require(
-        temperature == 0 or (math.isfinite(temperature) and 0.01 <= temperature <= 100),
-        f"temperature is {temperature}; take 0 (always the likeliest token) or 0.01 to 100",
-    )
-    n_vocab = model.config.n_image_vocab
-    require(
-        top_k is None or 1 <= top_k <= n_vocab,
-        f"top_k is {top_k}; take 1 to {n_vocab}, the image vocabulary, or leave it out",
-    )
-    require(
-        top_p is None or 0 < top_p <= 1,
-        f"top_p is {top_p}; take more than 0 and at most 1, or leave it out",
-    )
-
-
-def _check_request(model: Dalle, text_BT: Tensor, seeds: Sequence[int], width: int) -> None:
-    n_text, n_vocab = model.config.n_text, model.config.n_text_vocab
-    require(
-        1 <= width <= MAX_WIDTH,
-        f"width is {width}; take 1 to {MAX_WIDTH}, and more images come in waves",
-    )
     require(len(seeds) >= 1, "no image was asked for; give at least one caption and seed")
     require(
-        tuple(text_BT.shape) == (len(seeds), n_text),
+        tuple(text_BT.shape) == (len(seeds), config.n_text),
         f"captions of shape {tuple(text_BT.shape)} for {len(seeds)} seeds; "
-        f"the model takes [{len(seeds)}, {n_text}], one caption an image",
+        f"the model takes [{len(seeds)}, {config.n_text}], one caption an image",
     )
-    low, high = int(text_BT.min()), int(text_BT.max())
     require(
-        low >= NO_TOKEN and high < n_vocab,
-        f"text tokens from {low} to {high}; this model knows 0 to {n_vocab - 1}, "
-        "take the tokenizer that was kept beside it",
+        given_BG.ndim == 2 and len(given_BG) == len(seeds) and given_BG.shape[1] < config.n_image,
+        f"given image tokens of shape {tuple(given_BG.shape)} for {len(seeds)} seeds; the model "
+        f"takes [{len(seeds)}, 0 to {config.n_image - 1}], and draws what is left",
     )
+    for what, tokens, least, n_vocab in (
+        ("text", text_BT, NO_TOKEN, config.n_text_vocab),
+        ("given image", given_BG, 0, config.n_image_vocab),
+    ):
+        if tokens.numel() == 0:
+            continue
+        low, high = int(tokens.min()), int(tokens.max())
+        require(
+            low >= least and high < n_vocab,
+            f"{what} tokens from {low} to {high}; this model knows 0 to {n_vocab - 1}, "
+            "take the tokenizer and the dVAE of its training",
+        )
     for seed in (min(seeds), max(seeds)):
         require(0 <= seed < 2**63, f"seed {seed} is outside 0 to 2^63 - 1; take one inside")

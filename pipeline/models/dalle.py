@@ -128,13 +128,14 @@ class ImageEmbedding(nn.Module):
         self.row = nn.Parameter(torch.empty(config.grid, c).normal_(std=std))
         self.column = nn.Parameter(torch.empty(config.grid, c).normal_(std=std))
 
-    def forward(self, read_BI: Tensor, first: int = 0) -> Tensor:
-        """Tokens read at image positions first, first + 1 ..; ``NO_TOKEN`` for the start."""
+    def forward(self, read_BI: Tensor, place_I: Tensor | None = None) -> Tensor:
+        """Tokens read at positions ``place_I``, else at 0, 1 ..; ``NO_TOKEN`` for the start."""
         token = F.embedding(read_BI.clamp(min=0), self.token)
         token = torch.where((read_BI == NO_TOKEN)[..., None], self.start, token)
-        place = torch.arange(first, first + read_BI.shape[1], device=read_BI.device)
-        row = F.embedding(place // self.grid, self.row)
-        column = F.embedding(place % self.grid, self.column)
+        if place_I is None:
+            place_I = torch.arange(read_BI.shape[1], device=read_BI.device)
+        row = F.embedding(place_I // self.grid, self.row)
+        column = F.embedding(place_I % self.grid, self.column)
         return token.float() + row.float() + column.float()
 
 

@@ -120,7 +120,7 @@ def test_slots_hold_the_visible_keys_at_every_step(pattern):
     slots, is_key = pattern.slot_table()
     ring = torch.full((pattern.n_slots,), -1)
     for i in range(pattern.n_image):
-        ring[i % pattern.n_slots] = i
+        ring[pattern.slot_of(torch.tensor(i))] = i
         assert torch.equal(ring[pattern.key_slots(i)], pattern.image_keys(i))
         assert torch.equal(ring[slots[i][is_key[i]]], pattern.image_keys(i))
         assert (slots[i][~is_key[i]] == 0).all()
@@ -131,7 +131,7 @@ def test_slots_hold_the_visible_keys_at_every_step(pattern):
     ("pattern", "n_slots"),
     [
         (Pattern("row", 256, 32), 33),
-        (Pattern("column", 256, 32), 1024),
+        (Pattern("column", 256, 32), 993),
         (Pattern("conv", 256, 32), 192),
         (Pattern("conv", 256, 32, edge="clamp"), 166),
         (Pattern("dense", 256, 32), 1024),
@@ -141,6 +141,14 @@ def test_slots_hold_the_visible_keys_at_every_step(pattern):
 )
 def test_ring_is_no_larger_than_it_must_be(pattern, n_slots):
     assert pattern.n_slots == n_slots
+
+
+@pytest.mark.parametrize("grid", [1, 2, 32])
+def test_the_keys_of_a_column_are_neighbours(grid):
+    pattern = Pattern("column", 3, grid)
+    for i in range(pattern.n_image - grid):
+        slots = pattern.key_slots(i)
+        assert torch.equal(slots, slots[0] + torch.arange(len(slots)))
 
 
 def test_mask_on_is_built_once():

@@ -161,6 +161,7 @@ def test_training_exports_the_averaged_weights_and_what_they_were_made_of(tiny, 
         "dvae": load_dvae(tiny.dvae)[1],
         "tokenizer": Tokenizer(tiny.tokenizer).fingerprint,
         "updates": 5,
+        "caption_dropout": runs.dalle().caption_dropout,
     }
     assert Tokenizer(tmp_path / "tokenizer").fingerprint == made_of["tokenizer"]
 

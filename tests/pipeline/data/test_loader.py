@@ -484,3 +484,33 @@ def test_prefetch_raises_in_its_place_and_stops_its_thread():
     assert next(ahead) == 0
     ahead.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_captions_are_left_out_at_the_rate_that_was_asked_for(reader, tokenizer):
+    options = {"caption_dropout": 0.25, "dropout": 0.0, "batch": 50, "n_text": 8}
+    dropping = token_loader(reader, tokenizer, **options)
+    whole = token_loader(reader, tokenizer, **options | {"caption_dropout": 0.0})
+    n, dropped = 8 * N_ROWS // 50 * 50, {}
+    for position in range(0, n, 50):
+        batch, other = dropping.batch_at(position), whole.batch_at(position)
+        is_empty = (batch.text_tokens == -1).all(1)
+        assert torch.equal(batch.text_tokens[~is_empty], other.text_tokens[~is_empty])
+        # every caption here is too long for eight positions, and what is empty is not cut
+        assert torch.equal(batch.is_cut, ~is_empty)
+        assert not (other.text_tokens == -1).all(1).any()
+        for row, empty in zip(batch.ids.tolist(), is_empty.tolist(), strict=True):
+            dropped.setdefault(row, []).append(empty)
+    seen = [empty for row in dropped.values() for empty in row]
+    # four standard deviations
+    assert abs(np.mean(seen) - 0.25) < 4 * (0.25 * 0.75 / len(seen)) ** 0.5
+    # in one epoch this one, in another that one
+    shares = np.array([np.mean(row) for row in dropped.values()])
+    assert (shares == 0).mean() < 0.2
+    assert shares.max() < 1
+    share_of_rank = token_loader(reader, tokenizer, **options, world=2, rank=1).batch_at(100)
+    assert torch.equal(share_of_rank.text_tokens, dropping.batch_at(100).text_tokens[1::2])
+
+
+def test_captions_are_not_left_out_of_validation(reader, tokenizer):
+    with pytest.raises(InputError, match=r"caption_dropout 0\.1 without a seed"):
+        token_loader(reader, tokenizer, seed=None, dropout=0.0, caption_dropout=0.1)

@@ -4,15 +4,17 @@ import pytest
 import torch
 
 from pipeline.console import InputError
+from pipeline.generation.draw import WHOLE, Settings, pick, token_weights
 from pipeline.generation.sampling import (
-    WHOLE,
+    Sampler,
+    cache_bytes,
+    fitting_width,
     generate,
-    pick,
     pictures,
-    set_sampling_dtype,
-    token_weights,
+    prepare,
     waves,
 )
+from pipeline.models.dalle import NO_TOKEN
 from tests.pipeline.generation.helpers import (
     random_captions,
     random_dalle,
@@ -43,7 +45,7 @@ def test_an_image_does_not_depend_on_the_rest_of_the_request(dtype, threads):
     # a width that fits no vector unit, a model wide enough to be computed in pieces
     config = tiny_config(d_model=192, n_head=3, n_image_vocab=333, grid=3, n_layer=2)
     model, dvae = random_dalle(config), random_dvae(config)
-    set_sampling_dtype(model, dtype)
+    prepare(model, dtype)
     text = random_captions(config, 7)
 
     def ask(wanted):
@@ -70,7 +72,7 @@ def test_rows_belong_to_seeds():
 
 def test_greedy_codes_are_those_of_the_full_forward(model):
     text = random_captions(CONFIG, 2)
-    codes = generate(model, text, [0, 1], temperature=0, width=2)
+    codes = generate(model, text, [0, 1], settings=Settings(temperature=0), width=2)
     for i in range(CONFIG.n_image):
         _, logits = model(text, codes)
         assert torch.equal(logits[:, i].argmax(-1), codes[:, i])
@@ -89,7 +91,7 @@ def test_tokens_come_as_often_as_the_model_says(model):
     text = random_captions(CONFIG, 1).expand(n, -1)
     config = tiny_config(grid=1)
     small = random_dalle(config)
-    codes = generate(small, text, range(n), temperature=1.7, width=500)
+    codes = generate(small, text, range(n), settings=Settings(temperature=1.7), width=500)
     _, logits = small(text[:1], codes[:1])
     p = (logits[0, 0] / 1.7).softmax(-1)
     seen = torch.bincount(codes[:, 0], minlength=config.n_image_vocab) / n
@@ -159,14 +161,17 @@ def test_pick_inverts_the_running_sum():
         ({"top_k": 25}, "top_k is 25; take 1 to 24"),
         ({"top_p": 0.0}, "top_p is 0.0; take more than 0"),
         ({"top_p": 1.5}, "at most 1"),
+        ({"guidance": -0.5}, "guidance is -0.5; take 1 for none"),
+        ({"guidance": float("nan")}, "guidance is nan"),
         ({"width": 0}, "width is 0"),
         ({"width": 10**8}, "take 1 to 4096"),
     ],
     ids=str,
 )
 def test_settings_out_of_bounds_are_named(model, settings, words):
+    width = settings.pop("width", 1)
     with pytest.raises(InputError, match=words):
-        generate(model, random_captions(CONFIG, 1), [0], **settings)
+        Sampler(model, Settings(**settings), width)
 
 
 def test_requests_out_of_bounds_are_named(model):
@@ -191,5 +196,106 @@ def test_a_diverged_model_is_named():
 
 def test_progress_counts_the_tokens_of_real_images(model):
     counted = []
-    generate(model, random_captions(CONFIG, 3), [0, 1, 4], width=4, advance=counted.append)
+    text = random_captions(CONFIG, 3)
+    Sampler(model, width=4).draw(text, [0, 1, 4], advance=counted.append)
     assert sum(counted) == 3 * CONFIG.n_image
+
+
+@pytest.mark.parametrize("n_given", [0, 1, 7, 15])
+def test_given_tokens_stay_and_the_rest_is_drawn_as_after_them(model, n_given):
+    """Greedy: what follows given tokens is what the full forward finds likeliest."""
+    text = random_captions(CONFIG, 3)
+    given = torch.randint(24, (3, n_given), generator=torch.Generator().manual_seed(4))
+    sampler = Sampler(model, Settings(temperature=0), 2)
+    codes = sampler.draw(text, [5, 6, 7], given)
+    assert torch.equal(codes[:, :n_given], given)
+    for i in range(n_given, CONFIG.n_image):
+        _, logits = model(text, codes)
+        assert torch.equal(logits[:, i].argmax(-1), codes[:, i])
+
+
+def test_an_image_that_is_given_its_own_beginning_is_itself(model):
+    text = random_captions(CONFIG, 3)
+    sampler = Sampler(model, width=4)
+    codes = sampler.draw(text, [5, 6, 7])
+    assert torch.equal(sampler.draw(text, [5, 6, 7], codes[:, :9]), codes)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.5])
+def test_guided_tokens_are_those_of_two_full_forwards(model, guidance):
+    text = random_captions(CONFIG, 3)
+    given = torch.randint(24, (3, 2), generator=torch.Generator().manual_seed(4))
+    sampler = Sampler(model, Settings(temperature=0, guidance=guidance), 3)
+    codes = sampler.draw(text, [5, 6, 7], given)
+    for i in range(2, CONFIG.n_image):
+        _, with_text = model(text, codes)
+        _, without = model(torch.full_like(text, NO_TOKEN), codes)
+        logits = without + guidance * (with_text - without)
+        assert torch.equal(logits[:, i].argmax(-1), codes[:, i])
+
+
+def test_guided_images_do_not_depend_on_the_rest_of_the_request(model):
+    text = random_captions(CONFIG, 5)
+    settings = Settings(guidance=3.0)
+    codes = Sampler(model, settings, 3).draw(text, range(5))
+    assert not torch.equal(codes, Sampler(model, width=3).draw(text, range(5)))
+    for wanted in ([4], [3, 0], [2, 2, 1, 4]):
+        assert torch.equal(Sampler(model, settings, 3).draw(text[wanted], wanted), codes[wanted])
+
+
+def test_images_of_one_caption_are_those_of_many_captions(model):
+    """Whether rows share a caption, and whether the batch before had it, changes no bit."""
+    text = random_captions(CONFIG, 2)
+    mixed = text[[0, 1, 0, 1, 0, 1, 0]]
+    sampler = Sampler(model, width=3)
+    codes = sampler.draw(mixed, range(7))
+    assert torch.equal(sampler.draw(text[:1].expand(7, -1), range(7))[::2], codes[::2])
+    assert torch.equal(sampler.draw(mixed.flip(0), range(6, -1, -1)), codes.flip(0))
+
+
+def test_rows_are_heard_of_as_they_come(model):
+    text, heard = random_captions(CONFIG, 3), []
+    sampler = Sampler(model, width=2)
+    codes = sampler.draw(
+        text, [0, 1, 2], on_row=lambda images, n, rows: heard.append((images, n, rows.clone()))
+    )
+    assert [(images, n) for images, n, _ in heard] == [
+        (images, n) for images in ([0, 1], [2]) for n in (1, 2, 3, 4)
+    ]
+    for images, n, rows in heard:
+        assert torch.equal(rows, codes[images].view(-1, 4, 4)[:, :n])
+
+
+def test_the_width_is_the_largest_that_fits(model):
+    settings = Settings()
+    one = cache_bytes(model, 1, 1, settings) + 64 * CONFIG.n_image_vocab
+    assert fitting_width(model, settings, int(37 * one / 0.8)) == 32
+    assert fitting_width(model, settings, 0) == 1
+    assert fitting_width(model, settings, 10**15) == 256
+    # guided, two rows an image, and one caption more in all
+    assert fitting_width(model, Settings(guidance=2.0), int(37 * one / 0.8)) == 16
+
+
+def test_the_caches_hold_what_was_said(model):
+    sampler = Sampler(model, Settings(guidance=2.0), 3)
+    sampler.draw(random_captions(CONFIG, 2), [0, 1])
+    assert sampler._decoder.nbytes == cache_bytes(model, 3, 2, sampler.settings)
+    kept = [c.kept for c in sampler._decoder.caches]
+    assert sampler._decoder.nbytes == sum(
+        x.numel() * 4 for k in kept for x in (k.text_ZCHTD, k.image_ZBHSD)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (torch.zeros(2, 3, dtype=torch.int64), r"shape \(2, 3\) for 1 seeds"),
+        (torch.zeros(1, 16, dtype=torch.int64), r"\[1, 0 to 15\]"),
+        (torch.full((1, 3), 24), "given image tokens from 24 to 24; this model knows 0 to 23"),
+        (torch.full((1, 3), -1), "given image tokens from -1"),
+    ],
+    ids=str,
+)
+def test_given_tokens_out_of_bounds_are_named(model, given, words):
+    with pytest.raises(InputError, match=words):
+        Sampler(model).draw(random_captions(CONFIG, 1), [0], given)
