@@ -34,7 +34,7 @@ SMALLEST = 32  # pixels a side of a picture that has room for enough bits
 LARGEST = 1024  # pixels a side that are read: they hold the pattern 256 times
 # between values of one meaning: a bit outlives JPEG's rounding while its steps here, 2 or 3 at
 # quality 90 and 6 to 8 at 70, stay below half of it
-STEP = 20.0
+STEP = 18.0
 CHANCE = 1e-9  # at most, that an unmarked picture is taken for a marked one
 CLOSE = STEP / 50  # to the wanted value: far below what rounding to whole numbers does
 ROUNDS = 24  # of moving frequencies and clipping: on white most of them are needed
