@@ -11,6 +11,7 @@ from pipeline.generation.mark import Finding, find_mark
 from pipeline.generation.provenance import fingerprint, read_content
 
 EXCERPT = 80  # characters of a caption
+DIGITS = 19  # of a seed at most; of a fingerprint they do
 SHOWN = ("model", "dvae", "tokenizer", "clip", "seed")  # facts that a line shows, where they are
 SAYS, SILENT, UNREADABLE = 0, 1, 2  # exit codes
 
@@ -68,7 +69,7 @@ def _examine(path: Path) -> tuple[int, str]:
     content = read_content(path, data)
     if content is None:
         code = SAYS if finding.found else SILENT
-        return code, f"no text chunks; {_mark(finding)}"
+        return code, f"no text of ours; {_mark(finding)}"
     same = fingerprint(pixels) == content["pixels"]
     state = "pixels as written" if same else "pixels changed since"
     return SAYS, f"{_facts(content['facts'])}; {state}; {_mark(finding)}"
@@ -77,7 +78,7 @@ def _examine(path: Path) -> tuple[int, str]:
 def _facts(facts: dict[str, Any]) -> str:
     caption = str(facts.get("caption", ""))
     cut = caption if len(caption) <= EXCERPT else caption[: EXCERPT - 1] + "…"
-    shown = [f"{name} {facts[name]}" for name in SHOWN if facts.get(name) is not None]
+    shown = [f"{name} {str(facts[name])[:DIGITS]}" for name in SHOWN if facts.get(name) is not None]
     return ", ".join([*([f'"{cut}"'] if cut else []), *shown]) or "text chunks"
 
 

@@ -173,7 +173,7 @@ def test_verify_says_what_each_file_carries(tmp_path, capsys):
         f"model 0123abcd, seed {2**61 + 1}; pixels as written; mark found (320 of 320" in lines[0]
     )
     assert "pixels changed since; no mark (" in lines[1]
-    assert "again.jpg: no text chunks; mark found (" in lines[2]
+    assert "again.jpg: no text of ours; mark found (" in lines[2]
 
 
 def test_verify_ends_with_the_worst_of_its_files(tmp_path, capsys):
@@ -189,7 +189,7 @@ def test_verify_ends_with_the_worst_of_its_files(tmp_path, capsys):
     assert verify("ours.png")[0] == 0
     code, lines = verify("bare.png", "ours.png")
     assert code == 1
-    assert "bare.png: no text chunks; no mark (" in lines[0]
+    assert "bare.png: no text of ours; no mark (" in lines[0]
     code, lines = verify("cut.png", "none.png", "text.jpg", "bare.png", "ours.png")
     assert code == 2
     assert all("cannot be read (" in line for line in lines[:3])
