@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from safetensors.torch import load_file
 from data_prep.train_tokenizer import NORMALIZER, train
 from pipeline import card, slices
 from pipeline.config import FsqConfig
-from pipeline.console import InputError
+from pipeline.console import InputError, command
 from pipeline.data.schema import SCHEMA_VERSION, fingerprint_of
 from pipeline.data.tokenizer import save_tokenizer
 from pipeline.files import write_json
@@ -254,11 +252,11 @@ def test_a_checkpoint_of_another_run_is_refused(copy, tmp_path):
         written(copy, tmp_path / "card.md")
 
 
-def test_the_command_ends_with_a_sentence(finished, tmp_path):
+def test_the_command_ends_with_a_sentence(finished, tmp_path, capsys):
     argv = flags(finished, tmp_path / "card.md", "--dalle", tmp_path / "none")
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.card", *argv], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+    with pytest.raises(SystemExit) as ended:
+        command(lambda: card.main(argv))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
