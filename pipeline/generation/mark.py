@@ -34,7 +34,7 @@ SMALLEST = 32  # pixels a side of a picture that has room for enough bits
 LARGEST = 1024  # pixels a side that are read: they hold the pattern 256 times
 # between values of one meaning: a bit outlives JPEG's rounding while its steps here, 2 or 3 at
 # quality 90 and 6 to 8 at 70, stay below half of it
-STEP = 18.0
+STEP = 20.0
 CHANCE = 1e-9  # at most, that an unmarked picture is taken for a marked one
 CLOSE = STEP / 50  # to the wanted value: far below what rounding to whole numbers does
 ROUNDS = 24  # of moving frequencies and clipping: on white most of them are needed
@@ -133,10 +133,14 @@ def find_mark(image_YXC: np.ndarray) -> Finding:
     seen = seen_YX.reshape(TILE, BLOCK, TILE, BLOCK).sum((0, 2)).reshape(-1) * len(FREQUENCIES)
     # the most surprising place, by the normal approximation; its chance is then exact
     surprise = (2 * matched - seen) / np.sqrt(np.maximum(seen, 1))
-    shift, phase = np.unravel_index(int(surprise.argmax()), surprise.shape)
-    best, of = int(matched[shift, phase]), int(seen[phase])
-    chance = min(1.0, PERIOD**2 * _tail(best, of))
-    return Finding(chance <= CHANCE, best, of, chance)
+    anywhere = np.unravel_index(int(surprise.argmax()), surprise.shape)
+    # half of the odds go to a picture that was not cropped, the other half to all places
+    findings = []
+    for (shift, phase), places in (((0, 0), 1), (anywhere, PERIOD**2)):
+        n, of = int(matched[shift, phase]), int(seen[phase])
+        chance = min(1.0, 2 * places * _tail(n, of))
+        findings.append(Finding(chance <= CHANCE, n, of, chance))
+    return min(findings, key=lambda finding: finding.chance)
 
 
 def _folded(luma_YX: Floats) -> tuple[Floats, NDArray[np.bool_]]:

@@ -112,7 +112,7 @@ def test_the_card_says_what_the_records_say(finished, tmp_path):
         "| trained on captions | 3 |",
         "- Length of captions: 7 tokens are read",
         "captions taken for another language than English were left out of training.",
-        "321 of 4,321 rows, drawn by key or picture at a share of 0.07 |",
+        "| 321 of 4,321 rows, drawn by key or picture at a share of 0.07 |",
         "| sources | cats, dogs\\|birds |",
         "| filter: min words | 2 |",
         "| filter: listed words | 3 words |",
