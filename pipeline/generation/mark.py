@@ -12,7 +12,7 @@ and the pattern's were drawn without looking at it: each agrees with a probabili
 
 The pattern is public. The mark tells the origin of pictures whose makers are honest about it. It is
 no protection: whoever wants to can remove it, and can put it on a photograph. Scaling, turning and
-mirroring a picture remove it too, and so do blur and JPEG below a quality of about 70.
+mirroring a picture remove it too, and so do blur and JPEG below a quality of about 60.
 
 Letters: Y X pixels, C three colours, P Q blocks, U V frequencies, K marked frequencies.
 """
