@@ -222,10 +222,13 @@ def command(main: Callable[[], None]) -> None:
         _end(130)
 
 
-def _say(sentence: str) -> None:
+def printable(text: str) -> str:
     """One line, whatever the names in it hold: nothing that moves a terminal."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
-    sys.stderr.write(f"error: {shown}\n")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _say(sentence: str) -> None:
+    sys.stderr.write(f"error: {printable(sentence)}\n")
 
 
 def _end(code: int) -> None:

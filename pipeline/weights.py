@@ -227,6 +227,22 @@ def load_weights(folder: str | Path, kind: str) -> Artifact:
             f"{folder} holds no trained {kind}: it needs model.json and model.safetensors; "
             f"name the --out of pipeline.train_{kind}"
         )
+    config, made_of, files = describe_folder(folder, kind)
+    tensors: dict[str, Tensor] = {}
+    for name, digest in files.items():
+        tensors |= _read_file(folder / Path(name).name, digest)
+    return Artifact(folder, config, tensors, made_of, fingerprint_of(files))
+
+
+def describe_folder(
+    folder: Path, kind: str
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Config, ``made_of`` and sha256 of each file, as ``model.json`` says; no weights are read.
+
+    Raises:
+        InputError: no such file, another kind, a newer schema, a description that is damaged.
+    """
+    described = folder / "model.json"
     try:
         description = json.loads(described.read_text())
         crc = description.pop("crc32", None)
@@ -242,6 +258,10 @@ def load_weights(folder: str | Path, kind: str) -> Artifact:
             raise TypeError(f"files are {files!r}")
         if not isinstance(config, dict) or not isinstance(made_of, dict):
             raise TypeError("config and made_of are no objects")
+    except OSError as error:
+        raise InputError(
+            f"{described} cannot be read ({error.strerror}); name the folder of a trained {kind}"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{described} does not describe a model: {error}; export it again"
@@ -253,10 +273,7 @@ def load_weights(folder: str | Path, kind: str) -> Artifact:
         )
     if found_kind != kind:
         raise InputError(f"{folder} holds a {found_kind}, a {kind} is needed")
-    tensors: dict[str, Tensor] = {}
-    for name, digest in files.items():
-        tensors |= _read_file(folder / Path(name).name, digest)
-    return Artifact(folder, config, tensors, made_of, fingerprint_of(files))
+    return config, made_of, files
 
 
 def _read_file(path: Path, digest: str) -> dict[str, Tensor]:
