@@ -2,21 +2,23 @@
 
 A vision transformer and a causal text transformer end in features of one width; their cosine says
 how well they belong together. Parameters have the names of OpenAI's code and of open_clip, so their
-weights load as they are (``load_foreign``).
+weights load as they are (``pipeline.models.clip_import``).
 
 Letters: B batch, C channels, Y X pixels, N positions (a class token and patches, or text), W width,
 E features.
 """
 
 import math
+import re
 from collections import OrderedDict
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config import require
+from pipeline.config import ClipConfig, TowerConfig
+from pipeline.weights import Artifact, load_weights
 
 # of the pictures that CLIP was trained on (OpenAI's code); ours are normalised alike
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -24,50 +26,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 START_SCALE = math.log(1 / 0.07)  # section 2.5 of the paper; so is the bound
 MOST_SCALE = math.log(100)
 
-
-@dataclass(frozen=True)
-class TowerConfig:
-    """One of the two transformers; heads are ``width / n_head`` wide, MLPs four times ``width``."""
-
-    width: int
-    n_layer: int
-    n_head: int
-
-    def __post_init__(self) -> None:
-        for name in ("width", "n_layer", "n_head"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; take at least 1")
-        require(
-            self.width % self.n_head == 0,
-            f"width {self.width} does not divide into {self.n_head} heads; take a multiple",
-        )
-
-
-@dataclass(frozen=True)
-class ClipConfig:
-    """The defaults are ViT-B/32: 151,277,313 parameters."""
-
-    image_size: int = 224  # pixels a side
-    patch_size: int = 32
-    vision: TowerConfig = TowerConfig(768, 12, 12)
-    n_text: int = 77  # text positions; the last token of a caption is the end of text
-    n_vocab: int = 49408  # the largest token is the end of text
-    text: TowerConfig = TowerConfig(512, 12, 8)
-    n_embed: int = 512  # features
-    quick_gelu: bool = True  # x sigmoid(1.702 x) for GELU, as in OpenAI's weights
-
-    def __post_init__(self) -> None:
-        require(
-            1 <= self.patch_size <= self.image_size and self.image_size % self.patch_size == 0,
-            f"image_size {self.image_size} does not divide into patches of {self.patch_size}",
-        )
-        for name in ("n_text", "n_embed"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; take at least 1")
-        require(self.n_vocab >= 2, f"n_vocab is {self.n_vocab}; take at least 2")
-
-    @property
-    def end_of_text(self) -> int:
-        """The token that ends a caption."""
-        return self.n_vocab - 1
+_NO_DECAY = re.compile(r"(^|\.)ln_\w+\.|bias$|(^|\.)(logit_scale|class_embedding)$")
 
 
 class _Activation(nn.Module):
@@ -79,25 +38,48 @@ class _Activation(nn.Module):
         return x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x)
 
 
+# A module draws its own parameters and no other's: under ZeRO-3 those are gone when it is made.
+
+
+class _Linear(nn.Linear):
+    def __init__(self, n_in: int, n_out: int, std: float) -> None:
+        super().__init__(n_in, n_out)
+        nn.init.normal_(self.weight, std=std)
+        nn.init.zeros_(self.bias)
+
+
+class _Attention(nn.MultiheadAttention):
+    def __init__(self, width: int, n_head: int, std: float, std_out: float) -> None:
+        super().__init__(width, n_head, batch_first=True)
+        nn.init.normal_(self.in_proj_weight, std=std)
+        self.out_proj = _Linear(width, width, std_out)  # type: ignore[assignment]
+
+
+class _Embedding(nn.Embedding):
+    def __init__(self, n: int, width: int) -> None:
+        super().__init__(n, width)
+        nn.init.normal_(self.weight, std=0.02)
+
+
 class ResidualBlock(nn.Module):
     """Attention and MLP, each behind a LayerNorm."""
 
     def __init__(self, config: TowerConfig, quick_gelu: bool) -> None:
         super().__init__()
         width = config.width
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, config.n_head, batch_first=True)
-        self.ln_2 = nn.LayerNorm(width)
-        c_fc, c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.mlp = nn.Sequential(
-            OrderedDict(c_fc=c_fc, gelu=_Activation(quick_gelu), c_proj=c_proj)
-        )
         # OpenAI's code: the deeper, the smaller what is added to the stream
         std = width**-0.5
-        nn.init.normal_(self.attn.in_proj_weight, std=std)
-        nn.init.normal_(self.attn.out_proj.weight, std=std * (2 * config.n_layer) ** -0.5)
-        nn.init.normal_(c_fc.weight, std=(2 * width) ** -0.5)
-        nn.init.normal_(c_proj.weight, std=std * (2 * config.n_layer) ** -0.5)
+        std_out = std * (2 * config.n_layer) ** -0.5
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = _Attention(width, config.n_head, std, std_out)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=_Linear(width, 4 * width, (2 * width) ** -0.5),
+                gelu=_Activation(quick_gelu),
+                c_proj=_Linear(4 * width, width, std_out),
+            )
+        )
 
     def forward(self, x_BNW: Tensor, hidden_NN: Tensor | None) -> Tensor:
         """Of all positions; ``hidden_NN`` bool, True where a row must not see a column."""
@@ -156,13 +138,23 @@ class Clip(nn.Module):
         self.config = config
         width = config.text.width
         self.visual = Vision(config)
-        self.token_embedding = nn.Embedding(config.n_vocab, width)
+        self.token_embedding = _Embedding(config.n_vocab, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.n_text, width))
         self.transformer = Transformer(config.text, config.quick_gelu)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, config.n_embed))
-        self.logit_scale = nn.Parameter(torch.tensor(START_SCALE))
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        # one element and not none, which DeepSpeed's stage 2 cannot send
+        self.logit_scale = nn.Parameter(torch.tensor([START_SCALE]))
+        self._compute_dtype = torch.float32
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Compute the matrices of ``forward`` in ``dtype``."""
+        self._compute_dtype = dtype
+
+    @staticmethod
+    def decays(name: str) -> bool:
+        """Whether weight decay is for a parameter: not for gains, biases and single vectors."""
+        return _NO_DECAY.search(name) is None
 
     def encode_image(self, image_BCYX: Tensor) -> Tensor:
         """Features of unit length, [B, E], of pictures float32 in [0, 1]."""
@@ -184,5 +176,20 @@ class Clip(nn.Module):
 
     def forward(self, image_BCYX: Tensor, text_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of pictures and of captions, and what their cosines are multiplied by."""
-        scale = self.logit_scale.clamp(max=MOST_SCALE).exp()
-        return self.encode_image(image_BCYX), self.encode_text(text_BN), scale
+        scale = self.logit_scale[0].float().clamp(max=MOST_SCALE).exp()
+        # in here, for DeepSpeed's engine ends what is around it
+        is_low, device = self._compute_dtype != torch.float32, image_BCYX.device.type
+        with torch.autocast(device, self._compute_dtype, enabled=is_low):
+            return self.encode_image(image_BCYX), self.encode_text(text_BN), scale
+
+
+def load_clip(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Clip, Artifact]:
+    """The model of a folder in evaluation mode, and what its ``model.json`` says.
+
+    Raises:
+        InputError: no such folder, another kind of model, weights that do not fit their config.
+    """
+    artifact = load_weights(folder, "clip")
+    clip = Clip(artifact.config_as(ClipConfig))
+    artifact.fill(clip)
+    return clip.to(device).eval().requires_grad_(False), artifact

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from pipeline.models.clip import Clip, ClipConfig, TowerConfig
+from pipeline.config import ClipConfig, TowerConfig
+from pipeline.models.clip import Clip
 from pipeline.training.contrastive import contrastive_share
 from tests.tiny import ROOT, free_port
 
