@@ -6,6 +6,7 @@ own tokenizer with a token more, or the byte pairs of OpenAI's CLIP, which open_
 
 import gzip
 import html
+import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -28,8 +29,9 @@ N_BYTES = 2 * 256  # each byte inside a word, and as its end
 WORD_END = "</w>"
 # github.com/openai/CLIP, simple_tokenizer.py; text is lower-cased before
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-# what ftfy makes plain there, of what captions have
-PLAIN = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "''''\"\"\"\"")
+# what ftfy makes plain there: curled quotes, ligatures, letters of other widths
+QUOTES = str.maketrans("\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f", "''''\"\"\"\"")
+FORMS = re.compile("[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb06\u3000\uff01-\uffef]")
 
 
 class ClipTokens(ABC):
@@ -89,9 +91,9 @@ class OwnTokens(ClipTokens):
 class BytePairs(ClipTokens):
     """Those of OpenAI's CLIP and of open_clip.
 
-    What they do to text is done here without their library for broken text (ftfy): HTML entities,
-    curled quotes, compatibility and composition of characters, white space, case. Captions that
-    hold the name of a special token are text like others.
+    Text is cleaned as theirs is (``cleaned``), but for what their library (ftfy) guesses of bytes
+    that were decoded wrongly: they stay as they are. A caption that holds the name of a special
+    token is text like others.
 
     Args:
         content: what ``read_vocabulary`` gives, or ``copy_to`` has written.
@@ -124,7 +126,8 @@ class BytePairs(ClipTokens):
 
 def cleaned(caption: str) -> str:
     """A caption as CLIP's byte pairs take it: plain, one line, lower-cased."""
-    text = html.unescape(html.unescape(caption.translate(PLAIN))).translate(PLAIN)
+    text = html.unescape(html.unescape(caption)).translate(QUOTES)
+    text = FORMS.sub(lambda found: unicodedata.normalize("NFKC", found[0]), text)
     return " ".join(unicodedata.normalize("NFC", text).split()).lower()
 
 

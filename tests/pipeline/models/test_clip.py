@@ -10,25 +10,27 @@ from safetensors.torch import load_file
 from pipeline.config import ClipConfig, TowerConfig
 from pipeline.console import InputError
 from pipeline.models.clip import MEAN, STD, Clip
+from pipeline.models.clip_import import load_foreign
 
 GOLDEN = Path(__file__).parent / "golden/clip_tiny"
 
 
 @pytest.fixture(scope="module")
 def model():
+    path = GOLDEN / "open_clip_model.safetensors"
+    return load_foreign(path, quick_gelu=True, vision_head_width=32, text_head_width=12)
+
+
+def test_shapes_give_the_config(model):
     c = json.loads((GOLDEN / "config.json").read_text())
     v, t = c["vision_cfg"], c["text_cfg"]
-    config = ClipConfig(
+    assert model.config == ClipConfig(
         image_size=v["image_size"], patch_size=v["patch_size"],
         vision=TowerConfig(v["width"], v["layers"], v["width"] // v["head_width"]),
         n_text=t["context_length"], n_vocab=t["vocab_size"],
         text=TowerConfig(t["width"], t["layers"], t["heads"]), n_embed=c["embed_dim"],
         quick_gelu=c["quick_gelu"],
     )  # fmt: skip
-    clip = Clip(config)
-    tensors = load_file(GOLDEN / "open_clip_model.safetensors")
-    clip.load_state_dict(tensors | {"logit_scale": tensors["logit_scale"].view(1)})
-    return clip.eval()
 
 
 @torch.inference_mode()
