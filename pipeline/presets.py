@@ -239,29 +239,35 @@ def clip_b32() -> ClipRun:
 
 
 def clip_demo() -> ClipRun:
-    """Ranks the pictures of ``dalle_demo``: its tokenizer, and a token more for the end of text."""
+    """Ranks the pictures of ``dalle_demo``: its tokenizer, and a token more for the end of text.
+
+    Small towers and large patches, for two CPU cores and minutes (measured): with patches of 8 and
+    twice the layers, as many seconds teach it half as much.
+    """
     return ClipRun(
         model=ClipConfig(
             image_size=64,
-            patch_size=8,
-            vision=TowerConfig(64, 3, 4),
-            n_text=32,
+            patch_size=16,
+            vision=TowerConfig(64, 2, 4),
+            # the demo's longest caption has 16 tokens
+            n_text=24,
             n_vocab=513,
-            text=TowerConfig(64, 2, 4),
+            text=TowerConfig(64, 1, 4),
             n_embed=64,
             quick_gelu=False,
         ),
         optimizer=Optimizer(
             betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, gradient_clipping=1.0, ema_decay=0.9
         ),
-        batch=64,
-        steps=600,
+        batch=128,
+        steps=1_200,
         warmup=50,
-        lr=Ramp(2e-3, 0.0, 600),
+        lr=Ramp(4e-3, 0.0, 1_200),
         val_images=256,
         val_batch=64,
-        val_every=200,
-        save_every=200,
+        val_every=300,
+        save_every=300,
+        log_every=20,
     )
 
 

@@ -159,7 +159,7 @@ class Clip(nn.Module):
     def encode_image(self, image_BCYX: Tensor) -> Tensor:
         """Features of unit length, [B, E], of pictures float32 in [0, 1]."""
         mean, std = (image_BCYX.new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-        return F.normalize(self.visual((image_BCYX - mean) / std), dim=-1)
+        return F.normalize(self.visual((image_BCYX - mean) / std).float(), dim=-1)
 
     def encode_text(self, text_BN: Tensor) -> Tensor:
         """Features of unit length, [B, E], of captions int64 [B, n_text].
@@ -172,7 +172,7 @@ class Clip(nn.Module):
         x_BNW = self.ln_final(self.transformer(x_BNW, hidden_NN))
         ends_B = text_BN.argmax(-1)
         at_end_BW = x_BNW[torch.arange(len(x_BNW), device=x_BNW.device), ends_B]
-        return F.normalize(at_end_BW @ self.text_projection, dim=-1)
+        return F.normalize((at_end_BW @ self.text_projection).float(), dim=-1)
 
     def forward(self, image_BCYX: Tensor, text_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of pictures and of captions, and what their cosines are multiplied by."""

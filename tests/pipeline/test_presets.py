@@ -167,7 +167,8 @@ def test_the_recipe_of_clip_is_that_of_its_tables_18_and_20():
 
 def test_clip_reads_the_captions_of_the_transformer_that_it_ranks():
     clip, dalle = presets.clip_demo().model, presets.dalle_demo().model
-    assert (clip.end_of_text, clip.n_text) == (dalle.n_text_vocab, dalle.n_text)
+    assert clip.end_of_text == dalle.n_text_vocab
+    assert clip.n_text <= dalle.n_text
     assert clip.image_size == dalle.image_size
 
 
