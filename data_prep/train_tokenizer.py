@@ -14,7 +14,7 @@ import numpy as np
 import sentencepiece
 
 from pipeline import presets
-from pipeline.config import DalleRun
+from pipeline.config import ClipRun, DalleRun
 from pipeline.console import InputError, a_path, command, logger, track
 from pipeline.data.order import Order
 from pipeline.data.shards import ShardReader
@@ -105,10 +105,12 @@ def train_tokenizer(reader: ShardReader, out: Path, vocab: int) -> Tokenizer:
 
 
 def vocab_of(preset: str) -> int:
-    """The text vocabulary of a named run of the transformer."""
+    """The text vocabulary of a named run."""
     run = presets.load(preset)
+    if isinstance(run, ClipRun):
+        return run.model.end_of_text  # the token behind the tokenizer's
     if not isinstance(run, DalleRun):
-        raise InputError(f"preset {preset} has no text vocabulary: name one of the transformer's")
+        raise InputError(f"preset {preset} reads no text: name one of the transformer's or CLIP's")
     return run.model.n_text_vocab
 
 

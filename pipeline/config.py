@@ -169,6 +169,57 @@ class DalleConfig:
 
 
 @dataclass(frozen=True)
+class TowerConfig:
+    """One of CLIP's transformers; heads are ``width / n_head`` wide, MLPs four times ``width``."""
+
+    width: int
+    n_layer: int
+    n_head: int
+
+    def __post_init__(self) -> None:
+        for name in ("width", "n_layer", "n_head"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; take at least 1")
+        require(
+            self.width % self.n_head == 0,
+            f"width {self.width} does not divide into {self.n_head} heads; take a multiple",
+        )
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """The contrastive model (arXiv 2103.00020, section 2.4).
+
+    The defaults are ViT-B/32: 151,277,313 parameters.
+    """
+
+    image_size: int = 224  # pixels a side
+    patch_size: int = 32
+    vision: TowerConfig = TowerConfig(768, 12, 12)
+    n_text: int = 77  # text positions; the last token of a caption is the end of text
+    n_vocab: int = 49408  # the largest token is the end of text
+    text: TowerConfig = TowerConfig(512, 12, 8)
+    n_embed: int = 512  # features
+    quick_gelu: bool = True  # x sigmoid(1.702 x) for GELU, as in OpenAI's weights
+
+    def __post_init__(self) -> None:
+        for name in ("vision", "text"):  # JSON knows no dataclasses
+            if isinstance(tower := getattr(self, name), dict):
+                object.__setattr__(self, name, TowerConfig(**tower))
+        require(
+            1 <= self.patch_size <= self.image_size and self.image_size % self.patch_size == 0,
+            f"image_size {self.image_size} does not divide into patches of {self.patch_size}",
+        )
+        for name in ("n_text", "n_embed"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; take at least 1")
+        require(self.n_vocab >= 2, f"n_vocab is {self.n_vocab}; take at least 2")
+
+    @property
+    def end_of_text(self) -> int:
+        """The token that ends a caption."""
+        return self.n_vocab - 1
+
+
+@dataclass(frozen=True)
 class Ramp:
     """From ``start`` to ``end`` in half a cosine over ``steps`` updates; then it stays."""
 
@@ -271,7 +322,7 @@ class Spike:
         require(self.returns >= 0, f"a spike's returns is {self.returns}; take 0 or more")
 
 
-def _check_run(run: "DvaeRun | DalleRun") -> None:
+def _check_run(run: "Run") -> None:
     """Counts of a run are counts."""
     for name in ("batch", "steps", "val_images", "val_every", "save_every", "log_every"):
         value = getattr(run, name)
@@ -344,6 +395,36 @@ class DalleRun:
             f"caption_dropout is {self.caption_dropout}; take 0 or more, and less than 1",
         )
         require(self.z_loss >= 0, f"z_loss is {self.z_loss}; take 0 or more")
+
+
+@dataclass(frozen=True)
+class ClipRun:
+    """CLIP: what is learned, in which steps (arXiv 2103.00020, section 2.5)."""
+
+    model: ClipConfig
+    optimizer: Optimizer
+    batch: int  # captioned pictures an update, over all ranks: each is told apart from all others
+    steps: int
+    warmup: int  # updates over which the step size grows linearly to lr.start
+    lr: Ramp
+    val_images: int = 1024
+    val_batch: int = 256  # held-out pictures among which a caption's own is looked for
+    val_every: int = 1000
+    save_every: int = 1000
+    log_every: int = 10
+    patience_s: float = 3600.0  # an update that takes longer is a hang; 0 waits for ever
+    spike: Spike | None = None  # None takes every loss that is a number
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_run(self)
+        require(
+            2 <= self.val_batch <= self.val_images,
+            f"val_batch is {self.val_batch}; take 2 to the {self.val_images} of val_images",
+        )
+
+
+Run = DvaeRun | DalleRun | ClipRun
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline import presets
 from pipeline.config import DalleRun
-from pipeline.console import InputError, command
+from pipeline.console import command
 from pipeline.training import checkpoint, ds_config
 from pipeline.training.forecast import (
     FABRIC_GBPS,
@@ -169,9 +169,7 @@ def main() -> None:
     args = parser.parse_args()
     # it says on standard output that it finds no GPU, which a plan does not need
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    run = presets.load(args.preset)
-    if not isinstance(run, DalleRun):
-        raise InputError(f"{args.preset} trains the dVAE; take a dalle preset")
+    run = presets.load_kind(args.preset, DalleRun)
     machine = Machine(args.gpus, args.gpu_gib, args.gpus_per_node, args.fabric, args.tflops)
     ds = ds_config.read(args.deepspeed_config)
     plan = make_plan(run, ds, machine, micro_batch=args.micro_batch, attention=args.attention)

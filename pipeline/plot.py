@@ -5,7 +5,7 @@ python -m pipeline.plot base=runs/1/dalle wide=runs/2/dalle --out plots
 
 Reads each run's metrics.jsonl, also while it trains. A panel a figure, a colour a run; training as
 a line (of many points their running mean, the points faint behind it), held-out samples as dots,
-crosses at the top where a value was no number. Runs of stage 1 and of stage 2 have panels of
+crosses at the top where a value was no number. Runs of stage 1, stage 2 and CLIP have panels of
 their own.
 """
 
@@ -26,8 +26,8 @@ KINDS = ("train", "val", "speed", "machine")
 OF_ALL_RANKS = "peak_gib, all ranks"
 # figures in the order in which a reader asks; what has no place here comes after them
 FIRST = (
-    "loss", "text", "image", "z", "nll", "kl", "kl_per_code", "hard_elbo", "relaxed_elbo",
-    "psnr_db", "codes_used", "perplexity", "lr", "gradient_norm", "beta", "tau",
+    "loss", "top_1", "text", "image", "z", "nll", "kl", "kl_per_code", "hard_elbo", "relaxed_elbo",
+    "psnr_db", "codes_used", "perplexity", "lr", "gradient_norm", "scale", "beta", "tau",
     "scale_log2_min", "scale_log2_max", "skipped_share", "captions_cut",
     "tokens_per_s", "pictures_per_s", "mfu", "seconds_an_update", "peak_gib",
     OF_ALL_RANKS,
@@ -75,7 +75,10 @@ def _of_all_ranks(event: dict) -> dict:
 
 def stage(events: Events) -> str:
     """Of the training that wrote them."""
-    return "stage 2" if "image" in names(events, "train", "val") else "stage 1"
+    found = names(events, "train", "val")
+    if "top_1" in found:
+        return "CLIP"
+    return "stage 2" if "image" in found else "stage 1"
 
 
 def panels(runs: dict[str, Events]) -> list[Panel | HeatMap]:

@@ -272,9 +272,7 @@ def main() -> None:
     wished = wishes.of(args)
     if not 1 <= args.sample_count <= MOST:
         raise InputError(f"--sample-count is {args.sample_count}; take 1 to {MOST}")
-    run = presets.load(args.preset)
-    if not isinstance(run, DalleRun):
-        raise InputError(f"{args.preset} trains the dVAE; stage 2 takes a dalle preset")
+    run = presets.load_kind(args.preset, DalleRun)
     recompute = args.deepspeed_config is not None and ds_config.uses_activation_checkpointing(
         ds_config.read(args.deepspeed_config)
     )

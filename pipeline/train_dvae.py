@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline import presets
 from pipeline.config import DvaeRun, Ramp
-from pipeline.console import InputError, a_path, command, logger
+from pipeline.console import a_path, command, logger
 from pipeline.data.loader import PairLoader, sample_seed
 from pipeline.data.pictures import save_comparison, to_uint8
 from pipeline.data.sets import BLOCK_HELP, MIX_HELP, Data
@@ -67,7 +67,7 @@ class DvaeStage(loop.Stage[tuple[Tensor, list[int]]]):
         module.set_compute_dtype(engine.compute_dtype)
         self._micro, self._rank, self._world = engine.micro_batch, engine.rank, engine.world
         run, size = self.run, self.run.model.image_size
-        share = {"rank": engine.rank, "world": engine.world, "size": size}
+        share: dict[str, Any] = {"rank": engine.rank, "world": engine.world, "size": size}
         self._train = PairLoader(
             self.data.train, batch=run.batch, seed=run.seed, **self.data.order, **share
         )
@@ -275,9 +275,7 @@ def main() -> None:
     wishes.add_arguments(parser)
     args = parser.parse_args()
     wished = wishes.of(args)
-    run = presets.load(args.preset)
-    if not isinstance(run, DvaeRun):
-        raise InputError(f"{args.preset} trains the transformer; stage 1 takes a dvae preset")
+    run = presets.load_kind(args.preset, DvaeRun)
     stage = DvaeStage(run, args.data, mix=args.mix, block_order=args.block_order)
     with processes.others():
         engine = make_engine(stage.build, run, args.deepspeed_config)

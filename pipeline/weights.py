@@ -102,7 +102,7 @@ def save_weights(
 
     Args:
         folder: made when missing; an older model in it is replaced.
-        kind: "dvae" or "dalle".
+        kind: "dvae", "dalle" or "clip".
         config: what builds the model, as JSON.
         tensors: the whole state dict.
         made_of: fingerprints of data, tokenizer, dVAE and what else it depends on.

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 from pipeline.config import (
+    ClipConfig,
+    ClipRun,
     DalleConfig,
     DalleRun,
     DvaeConfig,
@@ -27,6 +29,7 @@ from pipeline.config import (
     Optimizer,
     Plateau,
     Ramp,
+    TowerConfig,
 )
 from pipeline.console import InputError
 
@@ -66,6 +69,27 @@ def dvae() -> DvaeRun:
         lr=Ramp(3e-3, 3e-4, STEPS), beta=Ramp(0.0, 1.0, STEPS), tau=Ramp(1.0, 0.25, STEPS),
         val_images=8, val_every=SAVE_EVERY, save_every=SAVE_EVERY, log_every=1,
     )  # fmt: skip
+
+
+def clip() -> ClipRun:
+    """Two towers of two layers; the batch is small against the 50 pictures."""
+    return ClipRun(
+        model=ClipConfig(
+            image_size=IMAGE_SIZE, patch_size=8, vision=TowerConfig(16, 2, 2), n_text=N_TEXT,
+            n_vocab=TEXT_VOCAB + 1, text=TowerConfig(16, 2, 2), n_embed=12, quick_gelu=False,
+        ),
+        optimizer=Optimizer(
+            betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, gradient_clipping=1.0, ema_decay=0.5
+        ),
+        batch=8, steps=STEPS, warmup=3, lr=Ramp(5e-3, 5e-4, STEPS),
+        val_images=8, val_batch=8, val_every=SAVE_EVERY, save_every=SAVE_EVERY, log_every=1,
+    )  # fmt: skip
+
+
+def clip_between_saves_killed() -> ClipRun:
+    """``clip``, killed after the line of update 7 was written."""
+    _kill_between_saves()
+    return clip()
 
 
 def fsq() -> DvaeRun:
@@ -390,6 +414,8 @@ def arguments(stage: str, inputs: Inputs, out: Path, preset: str, /, **changes) 
         options |= {"data": inputs.tokens, "tokenizer": inputs.tokenizer}
     else:
         options |= {"data": inputs.pairs}
+    if stage == "clip":
+        options |= {"tokenizer": inputs.tokenizer}
     options |= changes
     return [str(word) for name in options for word in (f"--{name}", options[name])]
 

@@ -344,6 +344,19 @@ def augment_dalle(image_HWC: Pixels, size: int, rng: np.random.Generator) -> Pix
     return resize_area(square, t, t, *_window((t, t), size, rng))
 
 
+def augment_clip(image_HWC: Pixels, size: int, rng: np.random.Generator) -> Pixels:
+    """CLIP's training crop, uint8 [size, size, 3]: a random square of the resized picture.
+
+    Of full height or width (arXiv 2103.00020, section 2.5), so a square picture stays whole, and
+    never mirrored: what a caption says of left and right stays true.
+
+    Raises:
+        InputError: a side is below ``size``.
+    """
+    short = _short_side(image_HWC, size)
+    return resize_area(image_HWC[_window(image_HWC.shape, short, rng)], size, size)
+
+
 def centre_crop(image_HWC: Pixels, size: int) -> Pixels:
     """The middle of a picture, uint8 [size, size, 3]: its largest centred square, resized.
 

@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -229,14 +229,15 @@ class TokenLoader:
 
 
 class PairLoader:
-    """Pictures, for the image tokenizer.
+    """Pictures, for the image tokenizer; and their captions, for CLIP.
 
     Args:
         sets: one pair set or several, and the side of each that is read.
         size: pixels a side of what is returned.
         cache_bytes: decoded pictures are kept in memory up to this size, first come first kept.
-        stream: as for ``TokenLoader``; the seed is that of order and crops (``augment_dvae``);
-            without one the rows come in order, and of each picture the middle, as validation does.
+        augment: takes the training crop: a picture, ``size`` and its own chance.
+        stream: as for ``TokenLoader``; the seed is that of order and crops; without one the rows
+            come in order, and of each picture the middle, as validation does.
 
     Raises:
         InputError: no samples, a batch that does not divide, another kind of set, or (``batch_at``)
@@ -244,14 +245,20 @@ class PairLoader:
     """
 
     def __init__(
-        self, sets: Sets, *, size: int, cache_bytes: int = CACHE_BYTES, **stream: Any
+        self,
+        sets: Sets,
+        *,
+        size: int,
+        cache_bytes: int = CACHE_BYTES,
+        augment: Callable[[Pixels, int, np.random.Generator], Pixels] = augment_dvae,
+        **stream: Any,
     ) -> None:
         for reader, _ in sets:
             if reader.kind != "pairs":
                 raise InputError(
                     f"{reader.folder} is a set of {reader.kind}, pictures come from pairs"
                 )
-        self._rows, self.size = _Rows(sets, stream), size
+        self._rows, self.size, self._augment = _Rows(sets, stream), size, augment
         self._cache: dict[tuple[int, int], Pixels] = {}
         self._cache_left = cache_bytes
         self._cache_lock = threading.Lock()
@@ -268,6 +275,14 @@ class PairLoader:
         image_BCYX = torch.from_numpy(image_BYXC).permute(0, 3, 1, 2)
         return image_BCYX.to(torch.float32, memory_format=torch.contiguous_format) / 255, ids
 
+    def captions_at(self, position: int) -> list[str]:
+        """The captions of ``batch_at``."""
+        sets, ids, _ = self._rows.at(position)
+        captions = np.empty(len(ids), object)
+        for k, here in self._rows.by_set(sets):
+            captions[here] = self._rows.readers[k].captions(ids[here])
+        return captions.tolist()
+
     def _crop(self, k: int, sample: int, epoch: int) -> Pixels:
         """One crop, in a thread of the pool."""
         reader, seed = self._rows.readers[k], self._rows.seeds[k]
@@ -276,7 +291,7 @@ class PairLoader:
             if seed is None:
                 return centre_crop(pixels, self.size)
             rng = np.random.default_rng(sample_seed(seed, epoch, sample))
-            return augment_dvae(pixels, self.size, rng)
+            return self._augment(pixels, self.size, rng)
         except InputError as error:
             key = reader.keys(np.array([sample]))[0]
             raise InputError(f"{reader.folder}: picture {key!r}: {error}") from error

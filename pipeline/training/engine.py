@@ -120,7 +120,7 @@ class Engine(ABC):
         if not isinstance(module, Dalle):
             raise InputError(
                 "float16 needs gradient scales, which only the transformer has: take bf16 or fp32 "
-                "for stage 1"
+                "for stage 1 and CLIP"
             )
         self.scales = GradientScales(module.take_gradient_scales())
 
@@ -152,7 +152,7 @@ class PlainEngine(Engine):
     def __init__(
         self,
         build: Callable[[], nn.Module],
-        run: config.DvaeRun | config.DalleRun,
+        run: config.Run,
         dtype: torch.dtype | None = None,
     ) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import slices
-from pipeline.config import DalleRun, DvaeRun, as_dict
+from pipeline.config import Run, as_dict
 from pipeline.console import InputError, OwnError, logger
 from pipeline.data.loader import prefetch
 from pipeline.files import write_json
@@ -40,7 +40,7 @@ class Stage(ABC, Generic[Batch]):
     """What one kind of training brings."""
 
     name: str
-    run: DvaeRun | DalleRun
+    run: Run
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -372,7 +372,7 @@ def _finish(stage: Stage[Any], engine: Engine, out: Path) -> None:
     write_json(out / DONE, {"updates": engine.updates, "fingerprint": fingerprint})
 
 
-def _is_validated(run: DvaeRun | DalleRun, step: int) -> bool:
+def _is_validated(run: Run, step: int) -> bool:
     return step % run.val_every == 0 or step == run.steps
 
 

@@ -91,8 +91,9 @@ def parameter_groups(
     """Weights, which decay, and all else, which does not (the paper is silent; CLIP does so).
 
     Args:
-        model: may have ``block_of(name)``, which names the residual block of a parameter, and
-            ``lr_scale(name)``, of its step size (1 without).
+        model: may have ``block_of(name)``, which names the residual block of a parameter,
+            ``lr_scale(name)``, of its step size (1 without), and ``decays(name)``, where the names
+            of its weights are not ours.
         recipe: of the weight decay.
         by_block: a group for each block of them, so that a block's update can be skipped.
 
@@ -101,13 +102,17 @@ def parameter_groups(
     """
     any_model: Any = model
     lr_scale: Callable[[str], float] = getattr(any_model, "lr_scale", lambda name: 1.0)
+    decays: Callable[[str], bool] = getattr(any_model, "decays", _is_weight)
     block_of: Callable[[str], str] = any_model.block_of if by_block else lambda name: ""
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        is_weight = name.rpartition(".")[2] in ("weight", "w", "token")
-        decay = recipe.weight_decay if is_weight else 0.0
+        decay = recipe.weight_decay if decays(name) else 0.0
         groups.setdefault((block_of(name), decay, lr_scale(name)), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "lr_scale": scale, "block": block}
         for (block, decay, scale), parameters in groups.items()
     ]
+
+
+def _is_weight(name: str) -> bool:
+    return name.rpartition(".")[2] in ("weight", "w", "token")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from pipeline.config import DalleRun, DvaeRun
+from pipeline.config import DalleRun, Run
 from pipeline.training import peaks
 from pipeline.training.forecast import model_flops
 
@@ -26,7 +26,7 @@ class Pace:
 
     def __init__(
         self,
-        run: DvaeRun | DalleRun,
+        run: Run,
         world: int,
         device: torch.device,
         dtype: torch.dtype,
@@ -56,9 +56,9 @@ class Pace:
         """Figures of the updates since the last lap, which are at least one.
 
         ``seconds_an_update`` is a mean, waiting for samples included; ``tokens_per_s`` (stage 2)
-        and ``pictures_per_s`` (stage 1) are those of all ranks. ``mfu`` is the share of the peak
-        of all devices that the products of forward and backward pass take, without those that are
-        computed again; left out where the peak is not known. ``peak_gib`` is the most memory of
+        and ``pictures_per_s`` (stage 1, CLIP) are those of all ranks. ``mfu`` is the share of the
+        peak of all devices that the products of forward and backward pass take, without those that
+        are computed again; left out where the peak is not known. ``peak_gib`` is the most memory of
         this rank's device, without one of this process.
         """
         now = time.monotonic()
@@ -81,7 +81,7 @@ class Pace:
         return (stop - start) / (last - first) * (self._steps - last) if last > first else None
 
 
-def _amount(run: DvaeRun | DalleRun) -> tuple[str, int]:
+def _amount(run: Run) -> tuple[str, int]:
     """(figure, how many an update)."""
     if isinstance(run, DalleRun):
         return "tokens_per_s", run.batch * run.model.n_ctx
@@ -89,7 +89,7 @@ def _amount(run: DvaeRun | DalleRun) -> tuple[str, int]:
 
 
 def _seconds_at_peak(
-    run: DvaeRun | DalleRun, world: int, device: torch.device, dtype: torch.dtype
+    run: Run, world: int, device: torch.device, dtype: torch.dtype
 ) -> float | None:
     """Of an update, if its products were all; None where that is not known."""
     if not isinstance(run, DalleRun) or device.type != "cuda" or dtype == torch.float32:
@@ -108,7 +108,7 @@ def peak_gib(device: torch.device) -> float:
 
 def said(values: dict[str, float], speed: dict[str, float]) -> str:
     """The figures that fit beside a bar: losses, step size, throughput, share of peak, memory."""
-    losses = [n for n in ("loss", "text", "image", "nll", "kl") if n in values]
+    losses = [n for n in ("loss", "text", "image", "nll", "kl", "top_1") if n in values]
     parts = [f"{name} {values[name]:.3f}" for name in losses]
     if "lr" in values:
         parts.append(f"lr {values['lr']:.1e}".replace("e-0", "e-"))

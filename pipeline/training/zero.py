@@ -166,7 +166,7 @@ class ZeroEngine(Engine):
     def __init__(
         self,
         build: Callable[[], nn.Module],
-        run: config.DvaeRun | config.DalleRun,
+        run: config.Run,
         ds: dict[str, Any],
     ) -> None:
         deepspeed = processes.join({"preset": config.as_dict(run), "ds_config": ds})
@@ -227,13 +227,11 @@ class ZeroEngine(Engine):
         if not isinstance(self.module, Dalle):
             raise InputError(
                 "hybrid_sharding.powersgd_rank is for matrices of the transformer: take 0 for "
-                "stage 1"
+                "stage 1 and CLIP"
             )
         return PowerSGD(compressible(self.shapes(), ranks, rank), rank, seed, self.device)
 
-    def _refuse_what_cannot_fit(
-        self, run: config.DvaeRun | config.DalleRun, ds: dict[str, Any]
-    ) -> None:
+    def _refuse_what_cannot_fit(self, run: config.Run, ds: dict[str, Any]) -> None:
         """Stop before anything is allocated when a GPU of the run is too small for it."""
         if not torch.cuda.is_available() or not isinstance(run, config.DalleRun):
             return
@@ -365,7 +363,7 @@ class ZeroEngine(Engine):
 
 def make_engine(
     build: Callable[[], nn.Module],
-    run: config.DvaeRun | config.DalleRun,
+    run: config.Run,
     ds_config_path: str | None,
 ) -> Engine:
     """The engine for a run: ZeRO with a ds_config, plain PyTorch without."""

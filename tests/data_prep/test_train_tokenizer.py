@@ -128,7 +128,8 @@ def test_no_text_is_an_error(tmp_path, lines):
 
 def test_vocabulary_of_a_preset():
     assert job.vocab_of("dalle_12b") == job.PAPER_VOCAB
-    with pytest.raises(InputError, match="has no text vocabulary"):
+    assert job.vocab_of("clip_demo") == job.vocab_of("dalle_demo")
+    with pytest.raises(InputError, match="reads no text: name one of the transformer's or CLIP's"):
         job.vocab_of("dvae_demo")
     with pytest.raises(InputError, match="no preset is called"):
         job.vocab_of("dalle_13b")

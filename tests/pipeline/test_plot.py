@@ -62,6 +62,12 @@ def test_runs_of_both_stages_have_panels_of_their_own(dalle, dvae):
     assert {"peak_gib", "peak_gib, all ranks"} <= set(mixed)
 
 
+def test_clip_has_panels_of_its_own(tmp_path, dvae):
+    clip = write(tmp_path / "clip", event("train", 1, loss=2.0, top_1=0.25, scale=14.0))
+    assert titles(dvae, clip)[:3] == ["loss, CLIP", "loss, stage 1", "top_1, CLIP"]
+    assert titles(clip) == ["loss", "top_1", "scale"]
+
+
 def test_two_runs_share_panels_and_have_colours(dalle):
     panel = plot.panels(plot.read_runs([str(dalle), f"other={dalle}"]))[0]
     assert [(line.label, line.colour) for line in panel.lines] == [("dalle", 0), ("other", 1)]

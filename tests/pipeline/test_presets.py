@@ -7,7 +7,7 @@ import torch
 
 from kernels.speed import shapes
 from pipeline import presets
-from pipeline.config import DalleRun, DvaeRun
+from pipeline.config import ClipRun, DalleRun, DvaeRun
 from pipeline.console import InputError
 from pipeline.models.dalle import Dalle, Dense
 from pipeline.models.dvae import Conv2d, DiscreteVAE
@@ -152,10 +152,31 @@ def test_transformers_read_the_codes_of_their_tokenizer(stage_1, stage_2):
     assert (codes.n_vocab, codes.grid) == (reader.n_image_vocab, reader.grid)
 
 
+def test_the_recipe_of_clip_is_that_of_its_tables_18_and_20():
+    run = presets.clip_b32()
+    assert (run.batch, run.warmup, run.steps) == (32_768, 2_000, 32 * 400_000_000 // 32_768)
+    o = run.optimizer
+    assert (o.betas, o.eps, o.weight_decay) == ((0.9, 0.98), 1e-6, 0.2)
+    assert (o.gradient_clipping, o.ema_decay) == (0, 0)
+    assert dataclasses.astuple(run.lr) == (5e-4, 0, run.steps)
+    model = run.model
+    assert (model.image_size, model.patch_size, model.n_embed, model.n_text) == (224, 32, 512, 77)
+    assert dataclasses.astuple(model.vision) == (768, 12, 12)
+    assert dataclasses.astuple(model.text) == (512, 12, 8)
+
+
+def test_clip_reads_the_captions_of_the_transformer_that_it_ranks():
+    clip, dalle = presets.clip_demo().model, presets.dalle_demo().model
+    assert clip.end_of_text == dalle.n_text_vocab
+    assert clip.n_text <= dalle.n_text
+    assert clip.image_size == dalle.image_size
+
+
 def test_every_name_loads_a_run():
     assert len(presets.names()) >= 7
     for name in presets.names():
-        assert isinstance(presets.load(name), DalleRun if name.startswith("dalle") else DvaeRun)
+        kinds = {"dalle": DalleRun, "clip": ClipRun}
+        assert isinstance(presets.load(name), kinds.get(name.partition("_")[0], DvaeRun))
 
 
 def test_fields_can_be_changed_while_loading():
@@ -185,7 +206,7 @@ def test_other_names_of_the_module_are_no_presets(name):
         (None, "run", "there is no file"),
         ("", "run", "has no function run"),
         ("run = 3", "run", "has no function run"),
-        ("def run(): return 3", "run", "gives a int; a preset gives a DvaeRun or DalleRun"),
+        ("def run(): return 3", "run", "gives a int; .* gives a DvaeRun, DalleRun or ClipRun"),
         ("\ndef run(): 1 / 0", "run", r"ZeroDivisionError: division by zero \(line 2\); correct"),
         ("def run(batch): pass", "run", "cannot be made: TypeError: .* missing 1 required"),
         ("def run(: x", "run", "cannot be made: SyntaxError"),

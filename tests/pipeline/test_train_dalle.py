@@ -244,7 +244,7 @@ def test_tokens_and_tokenizer_of_another_model_are_refused(
     ("changes", "sentence"),
     [
         ({"preset": "dalle_huge"}, "no preset is called 'dalle_huge'; there are .*dalle_demo"),
-        ({"preset": "dvae_demo"}, "dvae_demo trains the dVAE; stage 2 takes a dalle preset"),
+        ({"preset": "dvae_demo"}, "dvae_demo trains the dVAE; take a dalle preset"),
         ({"data": "nowhere"}, "nowhere/manifest.json cannot be read"),
         ({"tokenizer": "nowhere"}, "nowhere/tokenizer.json cannot be read"),
         ({"dvae": "nowhere"}, "nowhere holds no trained dvae"),

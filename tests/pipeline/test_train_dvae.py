@@ -427,7 +427,7 @@ def test_the_command_trains_on_several_sets(tiny, tmp_path, monkeypatch):
     [
         (
             {"preset": "dalle_demo"},
-            "dalle_demo trains the transformer; stage 1 takes a dvae preset",
+            "dalle_demo trains the transformer; take a dvae preset",
         ),
         ({"preset": f"{runs.__file__}:huge"}, "has no function huge"),
         ({"data": "nowhere"}, "nowhere/manifest.json cannot be read"),

@@ -413,6 +413,29 @@ def test_small_pictures_are_not_enlarged_beyond_what_was_allowed(tmp_path):
             pair_loader(reader, np.array([0]), batch=1, size=size).batch_at(0)
 
 
+def test_captions_are_those_of_the_pictures(tmp_path):
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        with ShardWriter(folder, "pairs", PAIRS, rows_per_shard=3) as writer:
+            for i in range(8):
+                Image.fromarray(picture(i)).save(file := io.BytesIO(), format="PNG")
+                row = pair_row(f"p{i}", file.getvalue(), width=picture(i).shape[1])
+                writer.add(row | {"caption": f"{folder.name}{i}", "height": len(picture(i))})
+    sets = [(ShardReader(folder), side_of(np.arange(8))) for folder in folders]
+    said = {}
+    for rank in range(2):
+        loader = PairLoader(sets, size=SIZE, batch=4, rank=rank, world=2, seed=3, weights=[3, 1])
+        for position in range(0, 64, 4):
+            ids, captions = loader.batch_at(position)[1], loader.captions_at(position)
+            assert [caption[1:] for caption in captions] == [str(i) for i in ids]
+            for k, caption in enumerate(captions):
+                said[position + rank + 2 * k] = caption
+    # each set in its share, and each row as often as the others of its set
+    assert sorted(said) == list(range(64))
+    counts = {caption: list(said.values()).count(caption) for caption in said.values()}
+    assert counts == {f"a{i}": 6 for i in range(8)} | {f"b{i}": 2 for i in range(8)}
+
+
 def test_pictures_of_several_sets_come_from_their_own_set(pair_reader, tmp_path):
     _, small = small_pictures(tmp_path / "a", upscale=True)
     sets = [(pair_reader, side_of(np.arange(2))), (small, small.split("train"))]
