@@ -1,33 +1,51 @@
-"""Pictures from captions (section 2.6, without the ranking).
+"""Pictures from captions, the best of many, and what is missing of a picture (section 2.6).
 
 python -m pipeline.sample --model DIR --dvae DIR --caption "a red circle" --count 16 --out DIR
+deepspeed --module pipeline.sample ...          the same pictures, by several GPUs or processes
+python -m pipeline.sample verify FILE ...       where pictures come from
 
-Writes one PNG an image (caption index and image index in its name; caption, seed and fingerprints
-in its text chunks), ``grid.png`` of all and ``samples.jsonl``. Image number n of the command, over
-all captions, has the seed ``--seed`` + n: the same seed, caption and settings give the same image
-in any other command.
+Writes one PNG an image (caption index and image index in its name; how it was made in its text
+chunks), ``grid.png``, ``samples.jsonl`` and ``provenance.json``. Image number n of the command,
+over all captions, has the seed ``--seed`` + n: the same seed, caption and settings give the same
+image in any other command. Stopped and started again, the command goes on with what is missing.
 """
 
 import argparse
-import json
-import math
-from dataclasses import dataclass
+import os
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+import torch.distributed as dist
 
-from pipeline.config import require
-from pipeline.console import Bar, InputError, a_path, command, logger
+from pipeline.config import fingerprint, require
+from pipeline.console import Bar, a_path, command, is_first_rank, logger
 from pipeline.data.pictures import save_png, tile, to_uint8
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.generation.draw import Settings
-from pipeline.generation.sampling import MAX_WIDTH, WIDTH, Sampler, pictures, prepare
+from pipeline.generation.folder import Folder, read_request
+from pipeline.generation.mark import SMALLEST
+from pipeline.generation.prompt import ImagePrompt, read_prompt
+from pipeline.generation.request import Order, orders_of, read_captions
+from pipeline.generation.rerank import ClipScorer, LikelihoodScorer
+from pipeline.generation.sampling import (
+    MAX_WIDTH,
+    WIDTH,
+    Sampler,
+    fitting_width,
+    pictures,
+    prepare,
+    waves,
+)
+from pipeline.generation.terminal import strip
+from pipeline.generation.verification import verify_main
+from pipeline.machine import device_name, free_bytes
 from pipeline.models.dalle import Dalle, load_dalle
 from pipeline.models.dvae import DiscreteVAE, load_dvae
+from pipeline.training import processes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,22 +60,7 @@ class Models:
     dvae: DiscreteVAE
     tokenizer: Tokenizer
     fingerprints: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Order:
-    """One image to be made."""
-
-    caption: str
-    caption_index: int
-    image_index: int  # among the images of its caption
-    index: int  # among all images
-    seed: int
-
-    @property
-    def file(self) -> str:
-        """Name of the PNG."""
-        return f"{self.caption_index:05d}-{self.image_index:03d}.png"
+    knows_empty_captions: bool
 
 
 def load_models(model: Path, dvae: Path, device: torch.device) -> Models:
@@ -80,34 +83,8 @@ def load_models(model: Path, dvae: Path, device: torch.device) -> Models:
         f"{tokenizer.fingerprint}: put the tokenizer of the training there",
     )
     fingerprints = {"model": dalle_print, "dvae": dvae_print, "tokenizer": tokenizer.fingerprint}
-    return Models(dalle, frozen, tokenizer, fingerprints)
-
-
-def read_captions(args: argparse.Namespace) -> list[str]:
-    """The captions of the command line or of a UTF-8 file, one a line.
-
-    Raises:
-        InputError: an empty caption, or a file that is missing, empty or no text.
-    """
-    if args.caption is not None:
-        require(args.caption.strip() != "", "the caption is empty; say what to draw")
-        return [args.caption.strip()]
-    try:
-        # utf-8-sig: files from Windows may start with a byte order mark
-        text = args.captions.read_text(encoding="utf-8-sig").rstrip()
-    except OSError as error:
-        raise InputError(f"{args.captions} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{args.captions} is not UTF-8 text: {error.reason}; convert it"
-        ) from error
-    require(text != "", f"{args.captions} is empty; write one caption a line")
-    captions = [line.strip() for line in text.split("\n")]
-    if "" in captions:
-        raise InputError(
-            f"{args.captions} has no caption in line {captions.index('') + 1}; delete the line"
-        )
-    return captions
+    knows = made_of.get("caption_dropout", 0) > 0
+    return Models(dalle, frozen, tokenizer, fingerprints, knows)
 
 
 def encode(models: Models, captions: list[str]) -> torch.Tensor:
@@ -126,71 +103,176 @@ def encode(models: Models, captions: list[str]) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def order(captions: list[str], count: int, seed: int) -> list[Order]:
-    """``count`` images of each caption, seeds counted on from ``seed`` over all of them."""
-    return [
-        Order(caption, c, i, index=c * count + i, seed=seed + c * count + i)
-        for c, caption in enumerate(captions)
-        for i in range(count)
-    ]
+class Scores:
+    """The score that pictures are ranked by, as facts about each of them; none where none is."""
+
+    def __init__(self, clip: ClipScorer | None, likelihood: LikelihoodScorer | None) -> None:
+        self.clip, self.likelihood = clip, likelihood
+
+    def of(
+        self, captions: list[str], text: torch.Tensor, codes: torch.Tensor, images: np.ndarray
+    ) -> list[dict[str, float]]:
+        """A dictionary a picture."""
+        if self.clip is not None:
+            values = self.clip.score(captions, images)
+            return [{"clip_score": round(float(value), 6)} for value in values]
+        if self.likelihood is not None:
+            values = self.likelihood.score(text, codes)
+            return [{"likelihood_score": round(float(value), 6)} for value in values]
+        return [{}] * len(captions)
 
 
-def sample(
-    models: Models, captions: list[str], text: torch.Tensor, args: argparse.Namespace
-) -> None:
-    """Make and write ``args.count`` images of each caption, one batch after another."""
-    orders = order(captions, args.count, args.seed)
-    settings = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
-    sampler = Sampler(models.dalle, Settings(**settings), args.width)
-    settings["width"] = args.width
-    tiles: list[np.ndarray] = []
-    out = args.out
-    with (
-        open(out / "samples.jsonl", "w", encoding="utf-8") as lines,
-        Bar("image tokens", len(orders) * models.dalle.config.n_image) as bar,
+class Artist:
+    """Draws the pictures of a request, a batch at a time, into a folder."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        models: Models,
+        text: torch.Tensor,
+        prompt: ImagePrompt | None,
+        scores: Scores,
+        settings: Settings,
+    ) -> None:
+        self.args, self.models, self.text, self.prompt = args, models, text, prompt
+        self.scores, self.settings = scores, settings
+        self.sampler = Sampler(models.dalle, settings, args.width)
+        # what every picture says of itself
+        self.facts: dict[str, Any] = {
+            **asdict(settings), "width": args.width, "dtype": args.dtype, **models.fingerprints,
+            **(prompt.facts if prompt else {}),
+            **({"clip": scores.clip.fingerprint} if scores.clip else {}),
+            "device": device_name(models.dalle.image_head.weight.device.type),
+            "torch": torch.__version__,
+        }  # fmt: skip
+
+    def draw(self, folder: Folder, batch: list[Order], bar: Bar) -> None:
+        """One batch; its pictures are there when this returns."""
+        seeds = [order.seed for order in batch]
+        text = self.text[[order.caption_index for order in batch]]
+        given = self.prompt.codes_1G.expand(len(batch), -1) if self.prompt else None
+        shows = self._show if self.args.stream and is_first_rank() else None
+        codes = self.sampler.draw(text, seeds, given, on_row=shows, advance=bar.advance)
+        images = to_uint8(pictures(self.models.dvae, codes, seeds, self.args.width))
+        scores = self.scores.of([order.caption for order in batch], text, codes, images)
+        for order, image, score in zip(batch, images, scores, strict=True):
+            folder.write(
+                order, image, self.facts | score,
+                signature=self.args.signature, mark=self.args.mark,
+            )  # fmt: skip
+
+    def _show(self, images: list[int], n_rows: int, codes_BYX: torch.Tensor) -> None:
+        """The pictures so far in ``partial.png``; on a terminal the new row of the first one."""
+        rows = list(range(len(images)))
+        so_far = to_uint8(pictures(self.models.dvae, codes_BYX.flatten(1), rows, len(rows)))
+        save_png(self.args.out / "partial.png", tile(so_far, round(len(images) ** 0.5)))
+        if sys.stdout.isatty():
+            side = so_far.shape[1] // n_rows
+            sys.stdout.write(strip(so_far[0, -side:]) + "\n")
+            sys.stdout.flush()
+
+
+def request_of(
+    args: argparse.Namespace, captions: list[str], artist: Artist, scorer: str | None
+) -> dict[str, Any]:
+    """What makes a request another one; ``provenance.json`` keeps it."""
+    return {
+        "captions": fingerprint(captions), "n_captions": len(captions), "count": args.count,
+        "seed": args.seed, "rerank": args.rerank, "scorer": scorer,
+        "signature": args.signature, "mark": args.mark, **artist.facts,
+    }  # fmt: skip
+
+
+def choose_width(args: argparse.Namespace, model: Dalle, settings: Settings) -> int:
+    """That of the command line, of a request that goes on, or what fits into memory."""
+    if args.width is not None:
+        return int(args.width)
+    before = read_request(args.out)
+    if before is not None and isinstance(width := before["facts"].get("width"), int):
+        return width
+    device = model.image_head.weight.device
+    width = fitting_width(model, settings, free_bytes(device))
+    if device.type == "cpu":
+        width = min(width, WIDTH)
+    if dist.is_initialized():
+        widths: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(widths, width)
+        width = min(widths)
+    log.info("%d images side by side (--width)", width)
+    return width
+
+
+def sample(args: argparse.Namespace, captions: list[str], device: torch.device) -> None:
+    """Draw what is missing of the request; this rank's share of it."""
+    models = load_models(args.model, args.dvae, device)
+    settings = Settings(args.temperature, args.top_k, args.top_p, args.guidance)
+    settings.check(models.dalle.config)
+    scorer = args.scorer or ("clip" if args.clip else "likelihood" if args.rerank else None)
+    require(scorer != "clip" or args.clip is not None, "--scorer clip: name a --clip DIR too")
+    for what, wants_empty in (
+        (f"--guidance {args.guidance}", args.guidance != 1),
+        ("ranking by likelihood (a --clip DIR ranks without)", scorer == "likelihood"),
     ):
-        for start in range(0, len(orders), args.width):
-            batch = orders[start : start + args.width]
-            seeds = [wanted.seed for wanted in batch]
-            codes_BI = sampler.draw(
-                text[[wanted.caption_index for wanted in batch]], seeds, advance=bar.advance
-            )
-            images = to_uint8(pictures(models.dvae, codes_BI, seeds, args.width))
-            for wanted, image in zip(batch, images, strict=True):
-                line = {"file": wanted.file, "caption": wanted.caption, "seed": wanted.seed}
-                line |= {"index": wanted.index, **settings, "dtype": args.dtype}
-                write_png(out / wanted.file, image, line | models.fingerprints)
-                lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-            lines.flush()
-            tiles.extend(images)
-    # a caption a row; with one image a caption, or one caption, as square as it gets
-    rows_are_captions = len(captions) > 1 and args.count > 1
-    columns = args.count if rows_are_captions else math.ceil(math.sqrt(len(tiles)))
-    save_png(out / "grid.png", tile(np.stack(tiles), columns))
-    log.info("wrote %d images to %s, all of them in grid.png", len(orders), out)
-
-
-def write_png(path: Path, image_YXC: np.ndarray, facts: dict[str, Any]) -> None:
-    """A picture with ``facts`` as its text chunks; what was not given is left out."""
-    info = PngInfo()
-    for name, value in facts.items():
-        if value is not None:
-            info.add_itxt(name, str(value))
-    Image.fromarray(image_YXC).save(path, pnginfo=info)
-
-
-def make_folder(out: Path) -> None:
-    """Make ``out`` and try to write into it, before an hour of sampling."""
+        require(
+            not wants_empty or models.knows_empty_captions,
+            f"{what} needs a model that has learnt empty captions, and {args.model} has not: train "
+            "it from a preset with caption_dropout above 0",
+        )
+    side = models.dvae.config.image_size
+    for name in ("mark", "signature"):
+        require(
+            not getattr(args, name) or side >= SMALLEST,
+            f"--{name}: pictures of {side} pixels have no room for it; leave it out",
+        )
+    prompt = None
+    if args.image is not None:
+        prompt = read_prompt(
+            args.image, models.dvae, keep_rows=args.keep_rows, mask=args.mask_image, fit=args.fit
+        )
+    text = encode(models, captions)
+    prepare(models.dalle, DTYPES[args.dtype])
+    scores = Scores(
+        ClipScorer(args.clip, device) if scorer == "clip" else None,
+        LikelihoodScorer(models.dalle) if scorer == "likelihood" else None,
+    )
+    args.width = choose_width(args, models.dalle, settings)
+    artist = Artist(args, models, text, prompt, scores, settings)
+    folder = Folder(args.out, orders_of(captions, args.count, args.seed))
+    if is_first_rank():
+        folder.begin(request_of(args, captions, artist, scorer))
+    _wait()
+    left = folder.left()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if len(left) < len(folder.orders):
+        n_there = len(folder.orders) - len(left)
+        log.info("%d of %d images are there already", n_there, len(folder.orders))
+    _wait()  # before anybody adds a file
+    batches = [
+        [left[i] for i in wave if i is not None]
+        for wave in (waves([order.seed for order in left], args.width) if left else ())
+    ][rank::world]
+    n_tokens = sum(map(len, batches)) * models.dalle.config.n_image
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "samples.jsonl").touch()
-    except OSError as error:
-        raise InputError(
-            f"{out} cannot be written ({error.strerror}); name another --out"
-        ) from error
+        with Bar("image tokens", n_tokens) as bar:
+            for batch in batches:
+                artist.draw(folder, batch, bar)
+    except KeyboardInterrupt:
+        log.info("what is finished stays in %s: the same command goes on", args.out)
+        raise
+    _wait()
+    if is_first_rank():
+        (args.out / "partial.png").unlink(missing_ok=True)
+        folder.finish(args.rerank)
+        log.info("wrote %d images to %s; see grid.png", len(folder.orders), args.out)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def _wait() -> None:
+    """For the other ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="pipeline.sample",
@@ -203,38 +285,91 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     captions = group.add_mutually_exclusive_group(required=True)
     captions.add_argument("--caption", help="what to draw")
     captions.add_argument("--captions", type=a_path, help="UTF-8 file, one caption a line")
+    group = parser.add_argument_group("a picture to go on with")
+    group.add_argument("--image", type=a_path, help="of which the top is kept")
+    kept = group.add_mutually_exclusive_group()
+    kept.add_argument("--keep-rows", type=int, metavar="N", help="of the code grid (8 pixels each)")
+    kept.add_argument(
+        "--mask", dest="mask_image", type=a_path, metavar="FILE",
+        help="picture of the same size: black is kept, only a beginning in raster order can be",
+    )  # fmt: skip
+    group.add_argument("--fit", action="store_true", help="take the middle of an image, scaled")
     group = parser.add_argument_group("sampling")
     group.add_argument("--count", type=int, default=1, help="images a caption")
     group.add_argument("--seed", type=int, default=0, help="of the first image; the next has + 1")
     group.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest")
     group.add_argument("--top_k", type=int, help="draw among this many likeliest tokens")
     group.add_argument("--top_p", type=float, help="draw among the likeliest with this much mass")
-    group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the matrices")
     group.add_argument(
-        "--width",
-        type=int,
-        default=WIDTH,
-        help="images side by side; another width may round an image differently",
-    )
+        "--guidance", type=float, default=1.0, metavar="G",
+        help="above 1: further to the caption than the model goes (classifier-free guidance)",
+    )  # fmt: skip
+    group.add_argument("--dtype", choices=DTYPES, help="of the matrices; without: float32 on a CPU")
+    group.add_argument(
+        "--width", type=int,
+        help=f"images side by side; without: {WIDTH} on a CPU, what fits on a GPU; another width "
+        "may round an image differently",
+    )  # fmt: skip
+    group = parser.add_argument_group("ranking")
+    group.add_argument("--rerank", type=int, metavar="K", help="keep the best K of --count")
+    group.add_argument("--clip", type=a_path, help="--out of pipeline.train_clip or import_clip")
+    group.add_argument(
+        "--scorer", choices=["clip", "likelihood"],
+        help="likelihood: how much likelier the model itself finds the picture with its caption",
+    )  # fmt: skip
     group = parser.add_argument_group("output")
     group.add_argument("--out", required=True, type=a_path)
+    group.add_argument("--stream", action="store_true", help="show rows as they come: partial.png")
+    group.add_argument("--signature", action="store_true", help="five squares in the corner")
+    group.add_argument("--mark", action="store_true", help="an invisible mark in the pixels")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Draw pictures from the command line."""
-    args = parse(argv)
+def check(args: argparse.Namespace) -> None:
+    """Raise ``InputError`` for flags that cannot be served, before anything is loaded."""
     require(args.count >= 1, f"--count is {args.count}; take at least 1")
-    require(1 <= args.width <= MAX_WIDTH, f"--width is {args.width}; take 1 to {MAX_WIDTH}")
+    require(
+        args.width is None or 1 <= args.width <= MAX_WIDTH,
+        f"--width is {args.width}; take 1 to {MAX_WIDTH}",
+    )
     require(0 <= args.seed < 2**62, f"--seed is {args.seed}; take 0 to 2^62")
-    captions = read_captions(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = load_models(args.model, args.dvae, device)
-    Settings(args.temperature, args.top_k, args.top_p).check(models.dalle.config)
-    prepare(models.dalle, DTYPES[args.dtype])
-    text = encode(models, captions)
-    make_folder(args.out)
-    sample(models, captions, text, args)
+    require(
+        args.rerank is None or 1 <= args.rerank <= args.count,
+        f"--rerank is {args.rerank}; take 1 to --count, which is {args.count}",
+    )
+    is_given = args.image is not None
+    keeps = args.keep_rows is not None or args.mask_image is not None
+    require(
+        is_given == keeps,
+        "--image says what to go on with, and --keep-rows or --mask how much of it is kept: "
+        "give both or neither",
+    )
+    require(is_given or not args.fit, "--fit is for an --image; name one or leave it out")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw pictures from the command line, or say where pictures come from."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["verify"]:
+        sys.exit(verify_main(argv[1:]))
+    args = parse(argv)
+    check(args)
+    if args.caption is not None:
+        require(args.caption.strip() != "", "the caption is empty; say what to draw")
+    captions = [args.caption.strip()] if args.caption is not None else read_captions(args.captions)
+    has_ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if has_ranks else 0)
+    args.dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    with processes.others():
+        if has_ranks:
+            processes.join(
+                {"command": {k: str(v) for k, v in vars(args).items() if k != "local_rank"}}
+            )
+        sample(args, captions, device)
+        processes.leave()
 
 
 if __name__ == "__main__":

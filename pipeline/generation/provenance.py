@@ -190,7 +190,11 @@ def write_sidecar(folder: Path, facts: dict[str, Any]) -> None:
     Raises:
         InputError: something in ``facts`` is no JSON value.
     """
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    software = {"daikon": project["version"], **environment()}
-    content = {"schema_version": SCHEMA_VERSION, "facts": facts, "software": software}
+    content = {"schema_version": SCHEMA_VERSION, "facts": facts, "software": software()}
     write_bytes(folder / SIDECAR, (_json(content, indent=2) + "\n").encode())
+
+
+def software() -> dict[str, str]:
+    """Versions of the project, of what it computes with, and a hash of its code."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {"daikon": project["version"], **environment()}

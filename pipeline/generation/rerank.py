@@ -1,17 +1,23 @@
-"""Says how well pictures fit their captions, by CLIP: best of N (section 2.6)."""
+"""Says how well pictures fit their captions, by CLIP or the model itself: best of N (section 2.6).
+
+Letters: B pictures, Y X pixels, T text positions, I image positions, E features.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import require
 from pipeline.data.clip_tokens import open_tokens
 from pipeline.data.images import centre_crop, enlarge
 from pipeline.models.clip import load_clip
+from pipeline.models.dalle import NO_TOKEN, Dalle
 
+LOGITS = 1 << 28  # that a pass of the model itself may have, which sets how many pictures it reads
 BATCH = 32  # of every pass, filled up with what is not read, so that no score hangs on the others
 
 
@@ -73,3 +79,45 @@ class ClipScorer:
             whole[: len(part)] = part
             found.append(encode(whole.to(self._device))[: len(part)].double().cpu())
         return torch.cat(found)
+
+
+class LikelihoodScorer:
+    """How much likelier a picture's tokens are with its caption than without any, per token.
+
+    By Bayes' rule the sum over the tokens, log p(image | caption) - log p(image), is
+    log p(caption | image) - log p(caption): among pictures of one caption, the order of how likely
+    the caption is for the picture. p(image) is what the model says of an empty caption, which it
+    must have learnt (``DalleRun.caption_dropout``).
+
+    Args:
+        model: the one that drew.
+    """
+
+    def __init__(self, model: Dalle) -> None:
+        self._model = model
+        config = model.config
+        self._batch = max(1, min(BATCH, LOGITS // (config.n_image * config.n_image_vocab)))
+
+    @torch.inference_mode()
+    def score(self, text_BT: Tensor, codes_BI: Tensor) -> np.ndarray:
+        """Nats a token, float64 [B], of captions and image tokens int64."""
+        found = []
+        device = self._model.image_head.weight.device
+        for text, codes in zip(
+            text_BT.split(self._batch), codes_BI.split(self._batch), strict=True
+        ):
+            # one size for all passes, so that no score hangs on the others
+            n_more = self._batch - len(text)
+            padded = (F.pad(x, (0, 0, 0, n_more)).to(device) for x in (text, codes))
+            text_WT, codes_WI = padded
+            gain_W = self._log_likelihood(text_WT, codes_WI)
+            gain_W -= self._log_likelihood(torch.full_like(text_WT, NO_TOKEN), codes_WI)
+            found.append(gain_W[: len(text)].cpu())
+        scores: np.ndarray = torch.cat(found).numpy()
+        return scores
+
+    def _log_likelihood(self, text_WT: Tensor, codes_WI: Tensor) -> Tensor:
+        """Mean over the image tokens, float64 [W]."""
+        _, logits_WIV = self._model(text_WT, codes_WI)
+        nll_WI = F.cross_entropy(logits_WIV.transpose(1, 2), codes_WI, reduction="none")
+        return -nll_WI.double().mean(1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.console import InputError, logger
 from pipeline.data.pictures import save_comparison, to_uint8
 from pipeline.generation.sampling import generate, pictures
+from pipeline.machine import free_bytes
 from pipeline.models.dalle import Dalle
 from pipeline.models.dvae import DiscreteVAE
 from pipeline.training.engine import Engine
@@ -74,18 +75,6 @@ class Sheet:
                 "checkpoints", wanted / 2**30, free / 2**30,
             )  # fmt: skip
         return not self._is_too_large
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken: of a GPU, else of this machine."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, kib = line.split()[:2]
-        if name == "MemAvailable:":
-            return int(kib) * 1024
-    raise AssertionError("Linux since 3.14 has MemAvailable")
 
 
 def _copy(engine: Engine) -> Dalle | None:

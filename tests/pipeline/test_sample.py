@@ -1,7 +1,9 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ from data_prep.train_tokenizer import NORMALIZER, train
 from pipeline import sample
 from pipeline.console import InputError
 from pipeline.data.tokenizer import save_tokenizer
-from pipeline.models.dalle import save_dalle
-from pipeline.models.dvae import save_dvae
+from pipeline.generation.provenance import read_facts
+from pipeline.models.dalle import load_dalle, save_dalle
+from pipeline.models.dvae import load_dvae, save_dvae
 from tests.pipeline.generation.helpers import random_dalle, random_dvae, tiny_config
+from tests.tiny import ROOT, free_port
 
 CAPTIONS = ["a red circle beside a blue star", "two green cats", "a house under a yellow moon"]
 
@@ -40,6 +44,16 @@ def trained(tmp_path_factory):
     made_of = {"dvae": dvae, "tokenizer": tokenizer.fingerprint}
     save_dalle(root / "dalle", random_dalle(config).state_dict(), config, made_of)
     return root
+
+
+@pytest.fixture(scope="module")
+def knowing(trained):
+    """The same model, which has learnt empty captions."""
+    folder = trained / "knowing"
+    shutil.copytree(trained / "dalle", folder)
+    model, made_of, _ = load_dalle(folder)
+    save_dalle(folder, model.state_dict(), model.config, made_of | {"caption_dropout": 0.1})
+    return folder
 
 
 def flags(trained, out, *more):
@@ -104,6 +118,17 @@ def test_a_caption_too_long_is_cut_and_said(trained, tmp_path, monkeypatch):
     ("more", "words"),
     [
         (["--caption", "x", "--count", "0"], "--count is 0; take at least 1"),
+        (["--caption", "x", "--count", "4", "--rerank", "5"], "--rerank is 5; take 1 to --count"),
+        (["--caption", "x", "--rerank", "0"], "--rerank is 0"),
+        (["--caption", "x", "--scorer", "clip"], "name a --clip DIR too"),
+        (["--caption", "x", "--clip", "none"], "holds no trained clip"),
+        (["--caption", "x", "--guidance", "2"], "has not: train it from a preset with caption_dro"),
+        (["--caption", "x", "--rerank", "1"], "ranking by likelihood .* empty captions"),
+        (["--caption", "x", "--guidance", "-1"], "guidance is -1.0"),
+        (["--caption", "x", "--image", "a.png"], "give both or neither"),
+        (["--caption", "x", "--keep-rows", "2"], "give both or neither"),
+        (["--caption", "x", "--fit"], "--fit is for an --image"),
+        (["--caption", "x", "--image", "no.png", "--keep-rows", "2"], "no.png cannot be read"),
         (["--caption", " \t"], "the caption is empty"),
         (["--caption", "\u200b"], "nothing to read in it"),
         (["--caption", "x", "--width", "0"], "--width is 0"),
@@ -161,3 +186,207 @@ def test_the_command_ends_with_a_sentence_and_code_2(trained, tmp_path):
     assert run.stderr.startswith("error: ")
     assert "holds no trained dalle" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_captions_of_any_kind_become_pictures_or_a_sentence(trained, tmp_path):
+    file = tmp_path / "captions.txt"
+    captions = ["word " * 10_000, "\U0001f408\U0001f30d", "red\x07\x1b[31m circle", "\u202eright"]
+    file.write_text("\n".join(captions), encoding="utf-8")
+    sample.main(flags(trained, tmp_path / "out", "--captions", file, "--width", 2))
+    lines = read_lines(tmp_path / "out")
+    assert [line["caption"] for line in lines] == [caption.strip() for caption in captions]
+    for line in lines:
+        assert read_facts(tmp_path / "out" / line["file"]) == line
+
+
+def test_a_stopped_request_goes_on_with_what_is_missing(trained, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    asked = ["--caption", "two green cats", "--count", "7", "--width", "3"]
+    sample.main(flags(trained, whole, *asked))
+    draw, drawn = sample.Artist.draw, []
+
+    def once(self, folder, batch, bar):
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(batch)
+        draw(self, folder, batch, bar)
+
+    monkeypatch.setattr(sample.Artist, "draw", once)
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(flags(trained, out, *asked))
+    assert len(list(out.glob("0*.png"))) == 3
+    assert not (out / "samples.jsonl").exists()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("0*.png")}
+    monkeypatch.setattr(sample.Artist, "draw", draw)
+    sample.main(flags(trained, out, *asked))
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    for path in whole.iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--seed", "9"], "its seed is 0 there and 9 here"),
+        (["--caption", "a red circle"], "its captions is"),
+        (["--top_k", "3"], "its top_k is None there and 3 here"),
+        (["--mark"], "its mark is False there and True here"),
+        (["--width", "5"], "its width is 4 there and 5 here"),
+    ],
+    ids=str,
+)
+def test_a_folder_takes_one_request(trained, tmp_path, more, words):
+    asked = ["--caption", "two green cats", "--width", "4"]
+    sample.main(flags(trained, tmp_path, *asked))
+    there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=f"another request: {words}.*name another --out"):
+        sample.main(flags(trained, tmp_path, *asked, *more))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == there
+    # without --width the folder's
+    sample.main(flags(trained, tmp_path, "--caption", "two green cats"))
+
+
+def test_a_picture_is_gone_on_with_below_its_top_rows(trained, tmp_path, monkeypatch):
+    draw, made = sample.Sampler.draw, []
+
+    def keep(self, *given, **options):
+        made.append(draw(self, *given, **options))
+        return made[-1]
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    sample.main(flags(trained, first, "--caption", "two green cats", "--width", 2))
+    image = first / "00000-000.png"
+    monkeypatch.setattr(sample.Sampler, "draw", keep)
+    sample.main(
+        flags(trained, second, "--caption", "two green cats", "--count", 4, "--width", 2,
+              "--image", image, "--keep-rows", 2)
+    )  # fmt: skip
+    lines = read_lines(second)
+    assert {line["kept_tokens"] for line in lines} == {8}
+    assert len({line["image_prompt"] for line in lines}) == 1
+    dvae, _ = load_dvae(trained / "dvae")
+    pixels = torch.tensor(np.asarray(Image.open(image).convert("RGB"))).permute(2, 0, 1)[None]
+    codes = dvae.encode(pixels.float() / 255).flatten(1)
+    assert torch.equal(made[0][:, :8], codes[:, :8].expand(2, -1))
+    assert not torch.equal(made[0][0], made[0][1])
+    files = {(second / line["file"]).read_bytes() for line in lines}
+    assert len(files) == 4
+
+
+@pytest.mark.parametrize("best", [1, 3])
+def test_the_best_are_those_with_the_highest_scores(trained, knowing, tmp_path, best):
+    file = tmp_path / "captions.txt"
+    file.write_text("a red circle\ntwo green cats\n")
+    out = tmp_path / "out"
+    argv = flags(trained, out, "--captions", file, "--count", 5, "--rerank", best, "--width", 4)
+    argv[1] = str(knowing)
+    sample.main(argv)
+    scores = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert [score["rank"] for score in scores] == [0, 1, 2, 3, 4] * 2
+    assert len({score["file"] for score in scores}) == 10
+    for part in (scores[:5], scores[5:]):
+        values = [score["likelihood_score"] for score in part]
+        assert values == sorted(values, reverse=True)
+        assert len(set(values)) > 1
+    chosen = [line["file"] for line in read_lines(out)]
+    assert chosen == [score["file"] for score in scores if score["rank"] < best]
+    # the score of a picture does not hang on the others
+    alone = tmp_path / "alone"
+    argv = flags(trained, alone, "--caption", "two green cats", "--seed", 7, "--width", 4,
+                 "--scorer", "likelihood")  # fmt: skip
+    argv[1] = str(knowing)
+    sample.main(argv)
+    want = next(score for score in scores if score["seed"] == 7)
+    assert read_lines(alone)[0]["likelihood_score"] == want["likelihood_score"]
+
+
+def test_guidance_changes_the_picture_and_is_on_record(trained, knowing, tmp_path):
+    made = []
+    for guidance in ("1", "4"):
+        argv = flags(trained, tmp_path / guidance, "--caption", "two green cats", "--width", 2,
+                     "--guidance", guidance)  # fmt: skip
+        argv[1] = str(knowing)
+        sample.main(argv)
+        line = read_lines(tmp_path / guidance)[0]
+        assert line["guidance"] == float(guidance)
+        made.append(np.asarray(Image.open(tmp_path / guidance / line["file"])))
+    assert not (made[0] == made[1]).all()
+
+
+def test_rows_are_shown_as_they_come(trained, tmp_path, monkeypatch):
+    sheets = []
+    save = sample.save_png
+
+    def keep(path, image):
+        save(path, image)
+        sheets.append(np.asarray(Image.open(path)))
+
+    monkeypatch.setattr(sample, "save_png", keep)
+    sample.main(
+        flags(trained, tmp_path, "--caption", "two green cats", "--count", 3, "--width", 4,
+              "--stream")
+    )  # fmt: skip
+    assert [sheet.shape[0] for sheet in sheets] == [8 * n + 2 + 8 * n for n in (1, 2, 3, 4)]
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert (sheets[-1] == grid).all()
+    assert not (tmp_path / "partial.png").exists()
+
+
+def test_marks_are_there_when_asked_for(trained, tmp_path, capsys):
+    sample.main(
+        flags(trained, tmp_path, "--caption", "two green cats", "--width", 1, "--mark",
+              "--signature")
+    )  # fmt: skip
+    line = read_lines(tmp_path)[0]
+    assert line["mark"] is True
+    assert line["signature"] is True
+    with pytest.raises(SystemExit) as end:
+        sample.main(["verify", str(tmp_path / line["file"])])
+    assert end.value.code == 0
+    assert "mark found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("launch", ["deepspeed", "torchrun"])
+@pytest.mark.dist
+def test_ranks_draw_what_one_process_draws(trained, tmp_path, launch):
+    file = tmp_path / "captions.txt"
+    file.write_text("a red circle\ntwo green cats\na house under a yellow moon\n")
+    asked = ["--captions", file, "--count", 5, "--width", 4]
+    one, two = tmp_path / "one", tmp_path / "two"
+    sample.main(flags(trained, one, *asked))
+    # some of it is there from before
+    two.mkdir()
+    shutil.copy(one / "provenance.json", two)
+    shutil.copy(one / "00001-002.png", two)
+    port = str(free_port())
+    line = {
+        "deepspeed": ["--num_accelerators", "2", "--master_port", port, "--module"],
+        "torchrun": ["--nproc-per-node", "2", "--master-port", port, "--module"],
+    }[launch]
+    program = str(Path(sys.executable).with_name(launch))
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [program, *line, "pipeline.sample", *flags(trained, two, *asked)],
+        capture_output=True, text=True, check=False, env=env, cwd=ROOT,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "1 of 15 images are there already" in run.stderr
+    assert sorted(path.name for path in two.iterdir()) == sorted(p.name for p in one.iterdir())
+    for path in one.iterdir():
+        assert path.read_bytes() == (two / path.name).read_bytes(), path.name
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(trained, tmp_path):
+    out = tmp_path / "out"
+    line = flags(trained, out, "--caption", "two green cats", "--width", "1", "--count", "2")
+    # bytes in units of 1024: the PNG of the first picture does not fit
+    script = f"ulimit -f 1; exec {sys.executable} -m pipeline.sample {' '.join(map(repr, line))}"
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    run = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=False, cwd=ROOT, env=env
+    )
+    assert run.returncode == 2, run.stderr
+    assert "00000-000.png: File too large; raise ulimit -f" in run.stderr
+    assert not list(out.glob("*.png"))
+    sample.main(line)
+    assert len(read_lines(out)) == 2

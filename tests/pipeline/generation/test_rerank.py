@@ -10,10 +10,12 @@ from pipeline.config import as_dict
 from pipeline.console import InputError
 from pipeline.data.clip_tokens import OwnTokens
 from pipeline.data.images import resize_area
-from pipeline.generation.rerank import BATCH, ClipScorer
+from pipeline.generation.rerank import BATCH, ClipScorer, LikelihoodScorer
 from pipeline.models.clip import Clip
+from pipeline.models.dalle import NO_TOKEN
 from pipeline.weights import save_weights
 from tests import tiny as runs
+from tests.pipeline.generation.helpers import random_captions, random_dalle, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
@@ -85,3 +87,21 @@ def test_another_tokenizer_is_refused(folder, tmp_path):
     save_weights(tmp_path / "clip", "clip", config, state, made_of)
     with pytest.raises(InputError, match=r"was trained with tokenizer 0{64}, and .*/tokenizer is"):
         ClipScorer(tmp_path / "clip")
+
+
+def test_the_likelihood_score_is_what_two_forwards_say():
+    config = tiny_config()
+    model = random_dalle(config)
+    text = random_captions(config, 5)
+    codes = torch.randint(24, (5, 16), generator=torch.Generator().manual_seed(0))
+    got = LikelihoodScorer(model).score(text, codes)
+    assert got.shape == (5,)
+    for i in range(5):
+        sums = []
+        for caption in (text[i : i + 1], torch.full((1, config.n_text), NO_TOKEN)):
+            _, logits = model(caption, codes[i : i + 1])
+            chosen = logits[0].double().log_softmax(-1)[torch.arange(16), codes[i]]
+            sums.append(float(chosen.mean()))
+        assert abs(got[i] - (sums[0] - sums[1])) <= 1e-5
+    # alone, or behind others
+    assert LikelihoodScorer(model).score(text[3:4], codes[3:4])[0] == got[3]
