@@ -16,7 +16,7 @@ ALLOWED = {
 }
 # inside pipeline, from the ground up; entry points stand on all of them
 FLOORS = [
-    "console files plugin",
+    "console files machine plugin",
     "config",
     "presets slices weights",
     "data models",
