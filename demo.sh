@@ -67,8 +67,10 @@ stage encode python -m data_prep.encode --data "$OUT/pairs" --dvae "$OUT/dvae" -
 stage train_dalle train pipeline.train_dalle --preset "$DALLE" --data "$OUT/tokens" \
     --tokenizer "$OUT/tokenizer" --dvae "$OUT/dvae" --out "$OUT/dalle"
 
-# 7. new pictures
+# 7. the model that ranks pictures, and new pictures
 if [ "$OUT" = runs/demo ]; then
+    stage train_clip train pipeline.train_clip --preset clip_demo --data "$OUT/pairs" \
+        --tokenizer "$OUT/tokenizer" --out "$OUT/clip"
     # 128 and more captions of (colour, shape) pairs that no training picture shows, and as many seen ones
     awk 1 "$OUT"/held_out/*/*.txt >"$OUT/held_out.txt"
     awk 'NR <= 256' "$OUT"/scenes/*/*.txt >"$OUT/seen.txt"
@@ -83,14 +85,25 @@ for i in range(0, len(pairs), max(1, len(pairs) // 48)):
 PYTHON
     LISTS=seen
 fi
-SAMPLES=()
-for list in $LISTS; do
-    stage sample python -m pipeline.sample --model "$OUT/dalle" --dvae "$OUT/dvae" \
-        --captions "$OUT/$list.txt" --seed 0 --out "$OUT/samples/$list"
-    SAMPLES+=("$list=$OUT/samples/$list")
-done
+SAMPLES=() CLIP=()
+draw() { # a set of samples by its name, list of captions and settings
+    local name=$1 list=$2
+    shift 2
+    stage "sample $name" python -m pipeline.sample --model "$OUT/dalle" --dvae "$OUT/dvae" \
+        --captions "$OUT/$list.txt" --seed 0 --out "$OUT/samples/$name" "$@"
+    SAMPLES+=("$name=$OUT/samples/$name")
+}
+for list in $LISTS; do draw "$list" "$list"; done
+if [ "$OUT" = runs/demo ]; then
+    # moved further to the caption; the best of eight, as CLIP sees it
+    draw held_out_guided held_out --guidance 1.5
+    draw held_out_best_of_8 held_out --count 8 --rerank 1 --clip "$OUT/clip"
+    CLIP=(--clip "$OUT/clip")
+fi
 
-# 8. one page about it all
-python -m pipeline.report --dvae "$OUT/dvae" --dalle "$OUT/dalle" --pairs "$OUT/pairs" \
+# 8. one page about it all, and what others should know of the model
+python -m pipeline.report --dvae "$OUT/dvae" --dalle "$OUT/dalle" --pairs "$OUT/pairs" "${CLIP[@]}" \
     --samples "${SAMPLES[@]}" --seconds "$OUT/seconds.txt" --out "$OUT"
+python -m pipeline.card --dvae "$OUT/dvae" --dalle "$OUT/dalle" --pairs "$OUT/pairs" --tokens "$OUT/tokens" \
+    "${CLIP[@]}" --report "$OUT/report.json" --out "$OUT/MODEL_CARD.md"
 echo "open $OUT/report.html" >&2

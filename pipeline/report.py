@@ -2,7 +2,8 @@
 
 python -m pipeline.report --dvae DIR --dalle DIR --pairs DIR --samples NAME=DIR ... --out runs/demo
 
-The first set of samples gives the caption accuracy that report.json leads with.
+The first set of samples gives the caption accuracy that report.json leads with. With ``--clip DIR``
+the page shows how the model that ranks was trained, too.
 
 The page holds all its pictures. Where captions describe scenes (pipeline.evaluation.scenes), the
 checker reads every sample back and the page says how often it shows what its caption asks for.
@@ -36,6 +37,12 @@ RENDERS, RECONSTRUCTIONS = "true renders", "dVAE reconstructions"
 WORDS = ("colour", "shape", "place")  # what caption accuracy means in the demo
 CHECKED = 512  # pictures that the checker reads for the accuracy of renders and reconstructions
 SHOWN = 24  # samples on the page, of each set
+# of each stage, what the curves show
+FIGURES = {
+    "dvae": ("loss", "hard_elbo", "relaxed_elbo"),
+    "dalle": ("text", "image"),
+    "clip": ("loss",),
+}
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
@@ -178,10 +185,9 @@ class Story:
 
     def page(self) -> str:
         """report.html."""
-        wanted = {"dvae": ("loss", "hard_elbo", "relaxed_elbo"), "dalle": ("text", "image")}
         curves: list[Panel | HeatMap] = [
-            Panel(name, tuple(line(self.metrics[name], n, n, i) for i, n in enumerate(figures)))
-            for name, figures in wanted.items()
+            Panel(name, tuple(line(events, n, n, i) for i, n in enumerate(FIGURES[name])))
+            for name, events in self.metrics.items()
         ]
         use = {"codes_used": 0.0, "perplexity": 0.0, "psnr_db": 0.0, **self.vals["dvae"]}
         parts = [
@@ -197,7 +203,7 @@ class Story:
             f"{use['perplexity']:.1f}, {use['psnr_db']:.1f} dB.</p>",
             page.img(self.reconstructions, "originals above reconstructions", "sheet"),
             "<h2>Curves</h2>",
-            page.img(draw(curves), "losses of both stages", "wide"),
+            page.img(draw(curves), "losses of all stages", "wide"),
             "<h2>Time by stage</h2>",
             page.table(["stage", "seconds"], [[n, f"{s:.0f}"] for n, s in self.seconds.items()]),
         ]
@@ -210,6 +216,7 @@ def read_story(
     pairs_folder: Path,
     samples: dict[str, Path],
     seconds: dict[str, float],
+    clip_folder: Path | None = None,
 ) -> Story:
     """Read what the stages left behind, and let the checker look at it."""
     dvae, _ = load_dvae(dvae_folder)
@@ -224,10 +231,10 @@ def read_story(
     sheet = dvae_folder / "reconstructions" / "final.png"
     if not sheet.is_file():
         raise InputError(f"{sheet} is missing: {dvae_folder} was not trained to its end")
-    return Story(
-        {"dvae": read_metrics(dvae_folder), "dalle": read_metrics(dalle_folder)},
-        sampled, accuracy, sheet.read_bytes(), dvae.config.n_vocab, seconds,
-    )  # fmt: skip
+    metrics = {"dvae": read_metrics(dvae_folder), "dalle": read_metrics(dalle_folder)}
+    if clip_folder is not None:
+        metrics["clip"] = read_metrics(clip_folder)
+    return Story(metrics, sampled, accuracy, sheet.read_bytes(), dvae.config.n_vocab, seconds)
 
 
 def main() -> None:
@@ -237,6 +244,7 @@ def main() -> None:
     parser.add_argument("--dalle", required=True, type=a_path, help="--out of pipeline.train_dalle")
     parser.add_argument("--pairs", required=True, type=a_path, help="pictures to reconstruct")
     parser.add_argument("--samples", required=True, nargs="+", metavar="NAME=DIR")
+    parser.add_argument("--clip", type=a_path, help="--out of pipeline.train_clip")
     parser.add_argument("--seconds", type=a_path, help="lines of: stage seconds")
     parser.add_argument("--out", required=True, type=a_path)
     args = parser.parse_args()
@@ -249,7 +257,7 @@ def main() -> None:
             raise InputError(f"--samples names {name!r} twice or as the page does: take another")
         samples[name] = Path(folder)
     seconds = read_seconds(args.seconds) if args.seconds else {}
-    story = read_story(args.dvae, args.dalle, args.pairs, samples, seconds)
+    story = read_story(args.dvae, args.dalle, args.pairs, samples, seconds, args.clip)
     figures = story.figures()
     args.out.mkdir(parents=True, exist_ok=True)
     write_bytes(args.out / "report.html", story.page().encode())

@@ -9,6 +9,7 @@ from PIL import Image
 
 from data_prep.stats import Stats
 from pipeline.data.shards import ShardReader
+from pipeline.generation.provenance import read_facts
 
 OUT = Path(__file__).resolve().parents[2] / "runs" / "demo"
 
@@ -30,6 +31,32 @@ def test_samples_show_what_their_captions_say(report: dict[str, Any], words: str
     assert accuracy["colour"] >= 0.90
     assert accuracy["shape"] >= 0.70
     assert accuracy["place"] >= 0.70
+
+
+def test_the_best_of_eight_are_better_than_the_first(report: dict[str, Any]) -> None:
+    first, best, guided = (
+        report["accuracy_by_set"][name]
+        for name in ("held_out", "held_out_best_of_8", "held_out_guided")
+    )
+    assert best["n"] == guided["n"] == first["n"]
+    for word in ("colour", "shape"):
+        assert best[word] > first[word]
+    assert min(guided[word] for word in ("colour", "shape", "place")) >= 0.70
+
+
+def test_every_picture_says_how_it_was_made() -> None:
+    pictures = sorted((OUT / "samples" / "held_out_best_of_8").glob("0*.png"))
+    assert len(pictures) >= 8 * 128
+    for path in pictures[::64]:
+        facts = read_facts(path)
+        assert facts["file"] == path.name
+        assert 0.0 < facts["clip_score"] <= 1.0
+
+
+def test_the_model_has_a_card() -> None:
+    card = (OUT / "MODEL_CARD.md").read_text()
+    assert "## Intended Use" in card
+    assert "held_out_best_of_8" in card
 
 
 def test_the_checker_reads_renders_and_reconstructions(report: dict[str, Any]) -> None:

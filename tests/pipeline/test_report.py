@@ -93,6 +93,16 @@ def test_the_page_stands_alone(run: Path) -> None:
     assert "7 of 16 codes used" in page
 
 
+def test_the_curves_of_the_model_that_ranks_are_shown(run: Path, tmp_path: Path) -> None:
+    events = [{"kind": kind, "step": 1, "loss": 0.75, "top_1": 0.5} for kind in KINDS]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    story = report.read_story(
+        run / "dvae", run / "dalle", run / "pairs", {"held_out": run / "samples"}, {}, tmp_path
+    )
+    assert story.figures()["losses"]["clip"]["val"]["top_1"] == 0.5
+    assert story.page() != tell(run).page()
+
+
 def test_markup_in_a_caption_is_shown_not_obeyed(run: Path) -> None:
     row = {"file": "0.png", "caption": "<script>x</script>", "image": picture(CAPTION)}
     assert "<script>" not in report._samples_section("set", [row])
