@@ -29,6 +29,7 @@ from pipeline.generation.draw import Settings
 from pipeline.generation.folder import Folder, read_request
 from pipeline.generation.mark import SMALLEST
 from pipeline.generation.prompt import ImagePrompt, read_prompt
+from pipeline.generation.provenance import software
 from pipeline.generation.request import Order, orders_of, read_captions
 from pipeline.generation.rerank import ClipScorer, LikelihoodScorer
 from pipeline.generation.sampling import (
@@ -143,7 +144,7 @@ class Artist:
             **(prompt.facts if prompt else {}),
             **({"clip": scores.clip.fingerprint} if scores.clip else {}),
             "device": device_name(models.dalle.image_head.weight.device.type),
-            "torch": torch.__version__,
+            "daikon": software()["daikon"], "torch": torch.__version__,
         }  # fmt: skip
 
     def draw(self, folder: Folder, batch: list[Order], bar: Bar) -> None:
