@@ -76,12 +76,13 @@ def test_settings_and_given_tokens_are_kept(model, settings, n_given):
 
 def test_pictures_come_as_often_as_the_model_says():
     """Every picture of 2 x 2 tokens out of 3 against its probability, chi-square."""
-    n, settings = 2000, Settings(temperature=4.0)
+    n, settings = 2000, Settings()
     config = tiny_config(grid=2, n_image_vocab=3, n_layer=1)
-    model, text = random_dalle(config), random_captions(config, 1)
+    # weights whose tokens depend on each other: drafts taken unseen would add 150 to the chi-square
+    model, text = random_dalle(config, seed=5), random_captions(config, 1)
     every = torch.cartesian_prod(*[torch.arange(3)] * 4)
     _, logits = model(text.expand(len(every), -1), every)
-    p = (logits / 4.0).softmax(-1).gather(2, every[..., None])[..., 0].prod(1)
+    p = logits.softmax(-1).gather(2, every[..., None])[..., 0].prod(1)
     assert (p * n > 5).all()
     decoder, n_passes, found = JacobiDecoder(model, 1, None, settings.draw, 4), 0, []
     # of one generator: 2000 are slow to make
