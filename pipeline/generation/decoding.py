@@ -57,7 +57,7 @@ class Decoder:
         dtype = block.attention.qkv.compute_dtype
         self.caches = caches_of(model.config, self.place, dtype)
         self.steps = [
-            block_step(block, cache)
+            block_step(block, cache.kept.attend)
             for block, cache in zip(model.blocks, self.caches, strict=True)
             if isinstance(block, Block)
         ]

@@ -13,15 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.generation.cache import BoundedCache
 from pipeline.models.dalle import Block, Dense, LayerNorm
 
 Function = Callable[[Tensor], Tensor]
 
 
-def block_step(block: Block, cache: BoundedCache) -> Function:
-    """A function of x_BC float32, the residual stream, to the same behind the block."""
-    attention, kept = block.attention, cache.kept
+def block_step(block: Block, attend: Callable[[Tensor, Tensor], Tensor]) -> Function:
+    """A function of x_BC float32, the residual stream, to the same behind the block.
+
+    Args:
+        block: of the model.
+        attend: keeps kv_ZBHD and gives o_BHD, contiguous, of q_BHD.
+    """
+    attention = block.attention
     n_head = attention.n_head
     dtype = attention.qkv.compute_dtype
     attention_norm, mlp_norm = _norm(block.attention_norm), _norm(block.mlp_norm)
@@ -39,7 +43,7 @@ def block_step(block: Block, cache: BoundedCache) -> Function:
                 for norm, x_BHD in zip(norms, (q_BHD, kv_ZBHD[0]), strict=True)
             )
             kv_ZBHD = torch.stack([k_BHD, kv_ZBHD[1]])
-        o_BHD = kept.attend(q_BHD, kv_ZBHD)
+        o_BHD = attend(q_BHD, kv_ZBHD)
         x_BC = x_BC + out(o_BHD.view(n, -1))
         h_BF = up(mlp_norm(x_BC).to(dtype))
         return x_BC + down(h_BF * torch.sigmoid(1.702 * h_BF))
