@@ -137,14 +137,15 @@ class Artist:
     ) -> None:
         self.args, self.models, self.text, self.prompt = args, models, text, prompt
         self.scores, self.settings = scores, settings
-        self.sampler = Sampler(models.dalle, settings, args.width)
+        self.sampler = Sampler(models.dalle, settings, args.width, jacobi=args.jacobi)
         # what every picture says of itself
         self.facts: dict[str, Any] = {
-            **asdict(settings), "width": args.width, "dtype": args.dtype, **models.fingerprints,
+            **asdict(settings), "width": args.width, "jacobi": args.jacobi, "dtype": args.dtype,
+            **models.fingerprints,
             **(prompt.facts if prompt else {}),
             **({"clip": scores.clip.fingerprint} if scores.clip else {}),
             "device": device_name(models.dalle.image_head.weight.device.type),
-            "daikon": software()["daikon"], "torch": torch.__version__,
+            "version": software()["daikon"], "torch": torch.__version__,
         }  # fmt: skip
 
     def draw(self, folder: Folder, batch: list[Order], bar: Bar) -> None:
@@ -186,8 +187,8 @@ def request_of(
 
 def choose_width(args: argparse.Namespace, model: Dalle, settings: Settings) -> int:
     """That of the command line, of a request that goes on, or what fits into memory."""
-    if args.width is not None:
-        return int(args.width)
+    if args.width is not None or args.jacobi:
+        return int(args.width or 1)
     before = read_request(args.out)
     if before is not None and isinstance(width := before["facts"].get("width"), int):
         return width
@@ -311,6 +312,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help=f"images side by side; without: {WIDTH} on a CPU, what fits on a GPU; another width "
         "may round an image differently",
     )  # fmt: skip
+    group.add_argument(
+        "--jacobi", action="store_true",
+        help="several tokens at a time: one image sooner, many images later; the width is 1",
+    )  # fmt: skip
     group = parser.add_argument_group("ranking")
     group.add_argument("--rerank", type=int, metavar="K", help="keep the best K of --count")
     group.add_argument("--clip", type=a_path, help="--out of pipeline.train_clip or import_clip")
@@ -333,6 +338,10 @@ def check(args: argparse.Namespace) -> None:
     require(
         args.width is None or 1 <= args.width <= MAX_WIDTH,
         f"--width is {args.width}; take 1 to {MAX_WIDTH}",
+    )
+    require(
+        not args.jacobi or args.width in (None, 1),
+        f"--width is {args.width}; --jacobi draws one image at a time, leave --width out",
     )
     require(0 <= args.seed < 2**62, f"--seed is {args.seed}; take 0 to 2^62")
     require(

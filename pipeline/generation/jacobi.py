@@ -101,6 +101,7 @@ class JacobiDecoder:
     ) -> None:
         self.model, self.width, self.guidance, self.draw = model, width, guidance, draw
         self.size, self.window = window, Window()
+        self.n_captions = width  # every row keeps its own
         self.n_rows = width if guidance is None else 2 * width
         self.n_passes = 0  # of the last batch
         self.caches = _caches_of(model, self.window, self.n_rows)

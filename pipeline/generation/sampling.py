@@ -18,6 +18,7 @@ from pipeline.config import DalleConfig, require
 from pipeline.console import InputError
 from pipeline.generation.decoding import Decoder, caches_of
 from pipeline.generation.draw import Settings, noise
+from pipeline.generation.jacobi import JacobiDecoder
 from pipeline.models.dalle import NO_TOKEN, Dalle, Dense, Head
 from pipeline.models.dvae import DiscreteVAE
 
@@ -39,19 +40,33 @@ class Sampler:
         model: any compute dtype, see ``prepare``.
         settings: how tokens are drawn.
         width: images decoded side by side; part of what decides an image's last bits.
+        jacobi: several tokens of an image at a time (``JacobiDecoder``), for a width of 1: wider,
+            an image would depend on its neighbours, for rows wait for each other.
 
     Raises:
         InputError: a setting out of its bounds.
     """
 
-    def __init__(self, model: Dalle, settings: Settings | None = None, width: int = WIDTH) -> None:
+    def __init__(
+        self,
+        model: Dalle,
+        settings: Settings | None = None,
+        width: int = WIDTH,
+        *,
+        jacobi: bool = False,
+    ) -> None:
         self.model, self.settings, self.width = model, settings or Settings(), width
+        self.jacobi = jacobi
         self.settings.check(model.config)
+        require(
+            not jacobi or width == 1,
+            f"width is {width}; Jacobi decoding draws one image at a time, take 1",
+        )
         require(
             1 <= width <= MAX_WIDTH,
             f"width is {width}; take 1 to {MAX_WIDTH}, and more images come in waves",
         )
-        self._decoder: Decoder | None = None
+        self._decoder: Decoder | JacobiDecoder | None = None
 
     @torch.inference_mode()
     def draw(
@@ -110,11 +125,14 @@ class Sampler:
 
         return after
 
-    def _ready(self, n_captions: int) -> Decoder:
+    def _ready(self, n_captions: int) -> Decoder | JacobiDecoder:
         """A decoder with room for so many captions: a power of two, lest each wave makes one."""
         if self._decoder is None or self._decoder.n_captions < n_captions:
             room = min(1 << (n_captions - 1).bit_length(), self.width)
             guidance = None if self.settings.guidance == 1 else self.settings.guidance
+            if self.jacobi:
+                self._decoder = JacobiDecoder(self.model, 1, guidance, self.settings.draw)
+                return self._decoder
             self._decoder = None  # its memory first
             try:
                 self._decoder = Decoder(self.model, self.width, room, guidance, self.settings.draw)

@@ -127,6 +127,7 @@ def test_a_caption_too_long_is_cut_and_said(trained, tmp_path, monkeypatch):
         (["--caption", "x", "--guidance", "-1"], "guidance is -1.0"),
         (["--caption", "x", "--image", "a.png"], "give both or neither"),
         (["--caption", "x", "--keep-rows", "2"], "give both or neither"),
+        (["--caption", "x", "--jacobi", "--width", "2"], "--width is 2; --jacobi draws one"),
         (["--caption", "x", "--fit"], "--fit is for an --image"),
         (["--caption", "x", "--image", "no.png", "--keep-rows", "2"], "no.png cannot be read"),
         (["--caption", " \t"], "the caption is empty"),
@@ -311,6 +312,17 @@ def test_guidance_changes_the_picture_and_is_on_record(trained, knowing, tmp_pat
         assert line["guidance"] == float(guidance)
         made.append(np.asarray(Image.open(tmp_path / guidance / line["file"])))
     assert not (made[0] == made[1]).all()
+
+
+def test_jacobi_decoding_draws_the_same_pictures(trained, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    asked = ["--caption", "two green cats", "--count", 3]
+    sample.main(flags(trained, one, *asked, "--width", 1))
+    sample.main(flags(trained, other, *asked, "--jacobi"))
+    for line in read_lines(one):
+        pixels = [np.asarray(Image.open(out / line["file"])) for out in (one, other)]
+        assert (pixels[0] == pixels[1]).all()
+    assert {(line["width"], line["jacobi"]) for line in read_lines(other)} == {(1, True)}
 
 
 def test_rows_are_shown_as_they_come(trained, tmp_path, monkeypatch):
