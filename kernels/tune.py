@@ -212,7 +212,7 @@ def measured(
 def objections(layer: Any, chip: str, kind: Kind, which: Pass, tile: Tile) -> list[str]:
     """What the budget has against a tile, spills for one, however fast it is here."""
     pattern = LAYER.pattern(kind)
-    job = compiled.Job(chip, layer.width, layer.itemsize, which, pattern, tile)
+    job = compiled.PassJob(chip, layer.width, layer.itemsize, pattern, which, tile)
     return compiled.unfit(job, compiled.measure(job))
 
 

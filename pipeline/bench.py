@@ -1,4 +1,4 @@
-"""Times of one training step and one sampled image: ``python -m pipeline.bench [--sample]``.
+"""Times of a training step, a sampled image, a step of decoding: ``python -m pipeline.bench``.
 
 The model has the paper's sequence (256 text and 32 x 32 image tokens), vocabularies (16,384 and
 8,192) and schedule of row, column and convolutional layers; its width and depth are flags. A
@@ -6,6 +6,10 @@ training step is forward, loss (1/8 text, 7/8 image), backward and AdamW over fu
 sampled image is 1,024 tokens one after another and its pixels by a small dVAE. With ``--peer`` a
 script for another system is run next, with the same shape and threads, and the ratio is given;
 the script prints one JSON line with ``train_step_s`` and, if asked, ``sample_one_image_s``.
+
+With ``--decode`` images a second are measured instead, for several batches, with their share of
+what the device allows (``pipeline.speed.decoding``): on a GPU of dalle_1b and dalle_12b, on a CPU
+of the model of the flags.
 """
 
 import argparse
@@ -22,14 +26,15 @@ from typing import Any
 import torch
 
 from kernels.attention.op import BACKENDS
-from kernels.speed.machine import commit, device_name, versions
 from pipeline import presets
 from pipeline.config import DalleConfig, DvaeConfig, require
 from pipeline.console import InputError, a_path, command, logger
 from pipeline.files import write_bytes
 from pipeline.generation.sampling import generate, pictures, prepare
+from pipeline.machine import ceilings, commit, device_name, versions
 from pipeline.models.dalle import Dalle, nll_sums
 from pipeline.models.dvae import DiscreteVAE
+from pipeline.speed import decoding
 from pipeline.training.optimizer import AdamW, parameter_groups
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -171,6 +176,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--runs", type=int, default=5)
     group.add_argument("--threads", type=int, default=2)
     group.add_argument("--sample", action="store_true", help="also sample one image a run")
+    group.add_argument("--decode", action="store_true", help="images a second, by batch")
+    group.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=list(decoding.BATCHES),
+        metavar="N",
+        help="pictures side by side, of --decode",
+    )
     group.add_argument(
         "--peer",
         nargs=2,
@@ -187,6 +201,13 @@ def check(args: argparse.Namespace) -> None:
     for name in ("batch", "runs", "threads"):
         value = getattr(args, name)
         require(value >= 1, f"--{name} is {value}; take at least 1")
+    least = min(args.batches)
+    require(least >= 1, f"--batches has {least}; take at least 1")
+    for name in ("sample", "peer"):
+        require(
+            not (args.decode and getattr(args, name)),
+            f"--decode is measured alone; leave out --{name}",
+        )
     if args.device == "cuda":
         require(torch.cuda.is_available(), "--device cuda: torch sees no CUDA device here")
     if args.peer:
@@ -199,12 +220,8 @@ def check(args: argparse.Namespace) -> None:
         require(Path(args.peer[1]).is_file(), f"--peer: there is no script {args.peer[1]}")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure, tell and, with ``--out``, save."""
-    args = parse(argv)
-    check(args)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+def timed(args: argparse.Namespace) -> dict[str, Any]:
+    """A training step and, if asked, a sampled image."""
     makers = {"train_step_s": training_step}
     if args.sample:
         makers["sample_one_image_s"] = sampled_image
@@ -216,18 +233,49 @@ def main(argv: list[str] | None = None) -> None:
     for name, times in ours.items():
         log.info("%s: minimum %.3f, median %.3f", name, times["min"], times["median"])
     names = ("d_model", "layers", "heads", "batch", "n_text", "grid", "dtype")
+    return {"shape": {name: getattr(args, name) for name in names}, "ours": ours}
+
+
+def decoded(args: argparse.Namespace) -> dict[str, Any]:
+    """Images a second by batch, and what the device reaches."""
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    config = model_config(args)
+    flags: decoding.Models = {"flags": (config, (config.n_layer,))}
+    chosen = decoding.models() if args.device == "cuda" else flags
+    reached = ceilings(device, dtype)
+    found = {}
+    for name, (config, layers) in chosen.items():
+        found[name] = decoding.measure(config, layers, args.batches, dtype, device, reached)
+        for row in found[name]["rows"]:
+            log.info(
+                "%s, %d pictures of %s: %.2f ms a step, %.2f images/s, %.0f %% of the roofline",
+                name,
+                row["batch"],
+                "one caption" if row["shared"] else "a caption each",
+                row["step_ms"],
+                row["images_per_s"],
+                100 * row["share"],
+            )
+    return {"ceilings": reached, "dtype": args.dtype, "decode": found}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, tell and, with ``--out``, save."""
+    args = parse(argv)
+    check(args)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
     result: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "chip": device_name(args.device),
         "threads": args.threads,
         "versions": versions(),
         "commit": args.commit or commit(),
-        "shape": {name: getattr(args, name) for name in names},
-        "ours": ours,
     }
+    result |= decoded(args) if args.decode else timed(args)
     if args.peer:
         result["peer"] = run_peer(args)
-        result["ratio"] = ratios(ours, result["peer"])
+        result["ratio"] = ratios(result["ours"], result["peer"])
         for name, value in result["ratio"].items():
             log.info("%s: the peer takes %.2f times as long", name, value)
     text = json.dumps(result, indent=1) + "\n"

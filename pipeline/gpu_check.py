@@ -1,11 +1,12 @@
 """Everything that wants a GPU, in one command that installs and fetches nothing: make gpu-check.
 
 The tests that need a GPU first; then the attention kernels beside PyTorch's, training steps and a
-sampled image of a middle-sized model, and the whole pipeline small (scenes, ingest, tokenizer,
-stage 1, encode, stage 2, sampling) through the commands that users type, and the paper-size
-encoder. benchmarks/<chip>.json is written after every stage, with "complete": false until all of
-them ran, so that a run that is cut leaves what it measured; stages for which no time is left are
-named. Without DeepSpeed the two stages train with plain PyTorch, and this says so.
+sampled image of a middle-sized model, images a second of the paper's models, and the whole pipeline
+small (scenes, ingest, tokenizer, stage 1, encode, stage 2, sampling) through the commands that
+users type, and the paper-size encoder. benchmarks/<chip>.json is written after every stage, with
+"complete": false until all of them ran, so that a run that is cut leaves what it measured; stages
+for which no time is left are named. Without DeepSpeed the two stages train with plain PyTorch, and
+this says so.
 """
 
 import argparse
@@ -51,11 +52,21 @@ def dalle():
 MIDDLE = ["--d_model", "1024", "--layers", "16", "--heads", "16", "--batch", "8",
           "--dtype", "bfloat16", "--runs", "5", "--sample"]  # fmt: skip
 
+# of decoding: the models of its bench, in the number format that they are sampled in
+DECODE = ["--decode", "--dtype", "bfloat16"]
+
 # of the encoder: as its bench has it, for a GPU 5,120 pictures
 ENCODER = ["--only", "encode"]
 
 # seconds without which a stage is not begun: it would be cut before it has anything to save
-LEAST_S = {"tests": 30.0, "attention": 40.0, "steps": 30.0, "pipeline": 60.0, "encode": 60.0}
+LEAST_S = {
+    "tests": 30.0,
+    "attention": 40.0,
+    "steps": 30.0,
+    "decode": 40.0,
+    "pipeline": 60.0,
+    "encode": 60.0,
+}
 # of the attention bench, what it takes beyond the --seconds that it is given: imports, the start of
 # CUDA, the ceilings, and a compilation that was begun just before they were over
 START_UP_S = 25.0
@@ -191,6 +202,13 @@ def steps(folder: Path, watch: Watch, commit: str) -> dict[str, Any]:
     out = folder / "steps.json"
     words = [sys.executable, "-m", "pipeline.bench", "--device", device(), "--out", str(out)]
     return saved(out, [*words, "--commit", commit, *MIDDLE], watch)
+
+
+def decode(folder: Path, watch: Watch, commit: str) -> dict[str, Any]:
+    """Images a second by batch, of the paper's models."""
+    out = folder / "decode.json"
+    words = [sys.executable, "-m", "pipeline.bench", "--device", device(), "--out", str(out)]
+    return saved(out, [*words, "--commit", commit, *DECODE], watch)
 
 
 def encode(folder: Path, watch: Watch, commit: str) -> dict[str, Any]:
@@ -348,6 +366,7 @@ def main() -> None:
         "tests": lambda _, watch: gpu_tests(watch),
         "attention": lambda folder, watch: attention(folder, watch, commit),
         "steps": lambda folder, watch: steps(folder, watch, commit),
+        "decode": lambda folder, watch: decode(folder, watch, commit),
         "pipeline": small_pipeline,
         "encode": lambda folder, watch: encode(folder, watch, commit),
     }

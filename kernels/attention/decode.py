@@ -5,7 +5,7 @@ pattern shows it. Rows that draw the same caption share its keys and values: the
 GPU read, once. What a row has of its own lies in the slots of ``Pattern.slot_of``.
 
 Two paths, equal up to rounding: a Triton kernel, whose program takes up to ``TILE`` rows of one
-caption and one head (the text as one matrix product, then the gathered keys of each row, joined by
+caption and one head (the gathered keys of each row, then the text as one matrix product, joined by
 the online softmax), and plain PyTorch. In both a row's bits do not depend on the other rows, nor on
 how many share its caption.
 
@@ -15,7 +15,7 @@ positions, S slots, K image keys of a step, D head width, I steps.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -30,9 +30,14 @@ from kernels.attention.launch import LOG2_E
 from kernels.patterns import Pattern
 
 TILE = 16  # rows of a program: the least of a tensor core's product
-TEXT_STEP = 64  # text keys that it meets at a time
-IMAGE_STEP = 8  # image keys of each row
-WARPS, STAGES = 4, 2
+# text keys, and image keys of each row, that it meets at a time, by width and bytes of an element:
+# what executes the fewest instructions and spills on no chip (kernels.budget)
+STEPS = {
+    (32, 2): (128, 8), (64, 2): (128, 8), (128, 2): (32, 4),
+    (32, 4): (128, 8), (64, 4): (64, 4), (128, 4): (16, 2),
+}  # fmt: skip
+MOST_IMAGE = 8
+LAUNCH = {"num_warps": 4, "num_stages": 2}
 
 
 @dataclass
@@ -59,10 +64,10 @@ class Place:
         self.row_MR = torch.full((n_tiles, TILE), -1, dtype=torch.int32, device=self.device)
         self.caption_M = torch.zeros(n_tiles, dtype=torch.int32, device=self.device)
 
-    def restart(self, captions: Sequence[int]) -> None:
-        """Begin pictures of these captions, one a row, each in 0 to C - 1."""
-        self.i = 0
-        self.i_1.zero_()
+    def restart(self, captions: Sequence[int], at: int = 0) -> None:
+        """Begin pictures of these captions, one a row, each in 0 to C - 1, at an image token."""
+        self.i = at
+        self.i_1.fill_(at)
         self.captions = tuple(captions)
         rows_of: dict[int, list[int]] = {}
         for row, caption in enumerate(captions):
@@ -126,6 +131,17 @@ class Kept:
         is_cuda = device.type == "cuda"
         self._texts: tuple[Any, list[tuple[int, int, Tensor, Tensor]]] = None, []
         self.is_triton = is_cuda and why_not_triton(dtype, device, d_head) is None
+
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """See ``_tables``; held here, for a recorded step reads them where they are."""
+        return _tables(self.pattern, self.place.device)
+
+    @cached_property
+    def constants(self) -> dict[str, int]:
+        """The compile-time arguments of the kernel."""
+        itemsize, d_head = self.image_ZBHSD.element_size(), self.image_ZBHSD.shape[-1]
+        return constants(self.pattern, d_head, itemsize)
 
     @property
     def nbytes(self) -> int:
@@ -207,7 +223,7 @@ def _slots(pattern: Pattern) -> list[tuple[int, slice | Tensor]]:
 def _tables(pattern: Pattern, device: torch.device) -> tuple[Tensor, Tensor]:
     """Of each step its own slot, int32 [I], and those of the earlier keys, int32 [I, K], else -1.
 
-    K is a multiple of ``IMAGE_STEP``.
+    K is a multiple of ``MOST_IMAGE``.
     """
     slots_IK, is_key_IK = pattern.slot_table()
     own_I = pattern.slot_of(torch.arange(pattern.n_image))
@@ -215,11 +231,34 @@ def _tables(pattern: Pattern, device: torch.device) -> tuple[Tensor, Tensor]:
     n_earlier_I = is_key_IK.sum(1) - 1
     is_earlier_IK = torch.arange(slots_IK.shape[1]) < n_earlier_I[:, None]
     slots_IK = slots_IK.masked_fill(~is_earlier_IK, -1)[:, : int(n_earlier_I.max())]
-    slots_IK = F.pad(slots_IK, (0, -slots_IK.shape[1] % IMAGE_STEP), value=-1)
+    slots_IK = F.pad(slots_IK, (0, -slots_IK.shape[1] % MOST_IMAGE), value=-1)
     return own_I.to(device, torch.int32), slots_IK.contiguous().to(device, torch.int32)
 
 
-@triton.jit
+def constants(pattern: Pattern, width: int, itemsize: int) -> dict[str, int]:
+    """The compile-time arguments of the kernel, by name.
+
+    Args:
+        pattern: the layer's.
+        width: of a head.
+        itemsize: bytes of an element.
+    """
+    text, image = STEPS[width, itemsize]
+    _, slots_IK = _tables(pattern, torch.device("cpu"))
+    return {
+        "T": pattern.n_text,
+        "S": pattern.n_slots,
+        "K": slots_IK.shape[1],
+        "D": width,
+        "ROWS": TILE,
+        # a product has at least 16 on each side
+        "TEXT": min(text, max(16, triton.next_power_of_2(pattern.n_text))),
+        "IMAGE": image,
+    }
+
+
+# not specialised: one kernel for all batches, whatever their rows and captions
+@triton.jit(do_not_specialize=["n_captions", "n_rows"])
 def decode_kernel(
     p_q, p_k, p_v, p_o, p_text, p_image, p_row, p_caption, p_step, p_own, p_slots,
     s_qb, s_qh, s_kb, s_kh, s_vb, s_vh, n_head, n_captions, n_rows, scale_log2,
@@ -230,6 +269,8 @@ def decode_kernel(
     i_m = tl.program_id(0)
     i_h = tl.program_id(1)
     o_d = tl.arange(0, D)
+    if tl.load(p_row + i_m * ROWS) < 0:
+        return  # a tile that this batch does not need
     o_row = tl.load(p_row + i_m * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     m_row = o_row >= 0
     i_step = tl.load(p_step)
@@ -248,7 +289,25 @@ def decode_kernel(
     b_max = tl.sum(f_q * b_k.to(tl.float32), 1) * scale_log2
     b_sum = tl.full([ROWS], 1.0, tl.float32)
     b_acc = b_v.to(tl.float32)
-    # 2. the caption, one product for all rows
+    # 2. the earlier image tokens, those of each row; rows stand between keys and width, so that a
+    # thread has all keys of its row: sums over keys then need no other thread
+    p_row_image = p_image + o_image[:, None] + o_d
+    p_slots += i_step * K + tl.arange(0, IMAGE)
+    for i_first in tl.range(0, K, IMAGE):
+        o_slot = tl.load(p_slots + i_first)
+        m_k = (o_slot >= 0)[:, None] & m_row[None, :]
+        p_ik = p_row_image[None, :, :] + (o_slot * D)[:, None, None]
+        b_ik = tl.load(p_ik, mask=m_k[:, :, None], other=0.0).to(tl.float32)
+        b_iv = tl.load(p_ik + s_z, mask=m_k[:, :, None], other=0.0).to(tl.float32)
+        b_s = tl.sum(f_q[None, :, :] * b_ik, 2) * scale_log2
+        b_s = tl.where(m_k, b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, 0))
+        b_p = tl.exp2(b_s - b_new[None, :])
+        b_fade = tl.exp2(b_max - b_new)
+        b_sum = b_sum * b_fade + tl.sum(b_p, 0)
+        b_acc = b_acc * b_fade[:, None] + tl.sum(b_p[:, :, None] * b_iv, 0)
+        b_max = b_new
+    # 3. the caption, one product for all rows
     i_c = tl.load(p_caption + i_m).to(tl.int64)
     p_text += (i_c * n_head + i_h) * T * D
     s_z_text = n_captions.to(tl.int64) * n_head * T * D
@@ -266,30 +325,15 @@ def decode_kernel(
         if not EVEN:
             b_s = tl.where((t_k < T)[None, :], b_s, float("-inf"))
         b_acc, b_max, b_sum = softmax_step(b_acc, b_max, b_sum, b_s, b_tv, scale_log2)
-    # 3. the earlier image tokens, those of each row
-    for i_first in tl.range(0, K, IMAGE):
-        o_slot = tl.load(p_slots + i_step * K + i_first + tl.arange(0, IMAGE))
-        m_k = m_row[:, None] & (o_slot >= 0)[None, :]
-        p_ik = p_image + (o_image[:, None] + (o_slot * D)[None, :])[:, :, None] + o_d
-        b_ik = tl.load(p_ik, mask=m_k[:, :, None], other=0.0).to(tl.float32)
-        b_iv = tl.load(p_ik + s_z, mask=m_k[:, :, None], other=0.0).to(tl.float32)
-        b_s = tl.sum(f_q[:, None, :] * b_ik, 2) * scale_log2
-        b_s = tl.where(m_k, b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s - b_new[:, None])
-        b_fade = tl.exp2(b_max - b_new)
-        b_sum = b_sum * b_fade + tl.sum(b_p, 1)
-        b_acc = b_acc * b_fade[:, None] + tl.sum(b_p[:, :, None] * b_iv, 1)
-        b_max = b_new
     b_o = (b_acc / b_sum[:, None]).to(p_o.dtype.element_ty)
     tl.store(p_o + ((o_row * n_head + i_h) * D)[:, None] + o_d, b_o, mask=m_row[:, None])
 
 
 def decode_triton(q_BHD: Tensor, kv_ZBHD: Tensor, kept: Kept) -> Tensor:
     """``Kept.attend`` by the kernel."""
-    place, pattern = kept.place, kept.pattern
+    place = kept.place
     B, H, D = q_BHD.shape
-    own_I, slots_IK = _tables(pattern, q_BHD.device)
+    own_I, slots_IK = kept.tables
     o_BHD = q_BHD.new_empty(B, H, D)
     k_BHD, v_BHD = kv_ZBHD
     strides = [n for x_BHD in (q_BHD, k_BHD, v_BHD) for n in x_BHD.stride()[:2]]
@@ -298,7 +342,6 @@ def decode_triton(q_BHD: Tensor, kv_ZBHD: Tensor, kept: Kept) -> Tensor:
             q_BHD, k_BHD, v_BHD, o_BHD, kept.text_ZCHTD, kept.image_ZBHSD,
             place.row_MR, place.caption_M, place.i_1, own_I, slots_IK,
             *strides, H, place.n_captions, place.n_rows, D**-0.5 * LOG2_E,
-            T=pattern.n_text, S=pattern.n_slots, K=slots_IK.shape[1], D=D,
-            ROWS=TILE, TEXT=TEXT_STEP, IMAGE=IMAGE_STEP, num_warps=WARPS, num_stages=STAGES,
+            **kept.constants, **LAUNCH,
         )  # fmt: skip
     return o_BHD

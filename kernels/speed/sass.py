@@ -71,7 +71,7 @@ def successors(code: list[tuple[int, str]]) -> list[list[int]]:
     return leads
 
 
-def main_loops(code: list[tuple[int, str]]) -> tuple[int, ...]:
+def main_loops(code: list[tuple[int, str]], least_ffma: int = FFMA_OF_A_PRODUCT) -> tuple[int, ...]:
     """How many instructions each loop with a matrix product has, in the order of the code.
 
     A loop is a set of instructions from each of which all others of the set can be reached. What
@@ -79,23 +79,28 @@ def main_loops(code: list[tuple[int, str]]) -> tuple[int, ...]:
     """
     graph = networkx.DiGraph(dict(enumerate(successors(code))))
     parts = sorted(sorted(part) for part in networkx.strongly_connected_components(graph))
-    return tuple(len(part) for part in parts if len(part) > 1 and _multiplies(code, part))
+    return tuple(
+        len(part) for part in parts if len(part) > 1 and _multiplies(code, part, least_ffma)
+    )
 
 
-def _multiplies(code: list[tuple[int, str]], loop: list[int]) -> bool:
+def _multiplies(code: list[tuple[int, str]], loop: list[int], least_ffma: int) -> bool:
     ops = [opcode(code[i][1]) for i in loop]
     # FFMA2 of Blackwell is two in one
     n_ffma = sum(op.startswith("FFMA") + op.startswith("FFMA2") for op in ops)
-    return n_ffma >= FFMA_OF_A_PRODUCT or any(TENSOR_PRODUCT.match(op) for op in ops)
+    return n_ffma >= least_ffma or any(TENSOR_PRODUCT.match(op) for op in ops)
 
 
-def read_sass(dump: str, shared: int, columns: int = 0) -> MachineCode:
+def read_sass(
+    dump: str, shared: int, columns: int = 0, least_ffma: int = FFMA_OF_A_PRODUCT
+) -> MachineCode:
     """The figures in what ``cuobjdump -res-usage -sass`` says of one kernel.
 
     Args:
         dump: its output.
         shared: bytes, from the compiler: the dump has only what is known at compile time.
         columns: of tensor memory, likewise.
+        least_ffma: that make a loop without a tensor product a main one.
     """
     registers = re.search(r"REG:(\d+)", dump)
     code = instructions(dump)
@@ -106,7 +111,7 @@ def read_sass(dump: str, shared: int, columns: int = 0) -> MachineCode:
         spills=sum(op.startswith(("LDL", "STL")) for op in ops),
         shared=shared,
         instructions=len(code),
-        loops=main_loops(code),
+        loops=main_loops(code, least_ffma),
         columns=columns,
         wgmma=sum(op.startswith("HGMMA") for op in ops),
         mma=sum(op.startswith("HMMA") for op in ops),

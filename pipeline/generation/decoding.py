@@ -32,7 +32,7 @@ class Decoder:
             not at all.
         draw: tokens int64 [W, 1] from logits float32 [W, V] and noise float64 [W, 1]; nothing in
             it may wait for the device.
-        record: whether to replay steps as CUDA graphs, on a GPU.
+        record: whether to replay steps as CUDA graphs, where the Triton kernel runs.
     """
 
     def __init__(
@@ -67,7 +67,9 @@ class Decoder:
         self.token_B1 = torch.empty(n_rows, 1, dtype=torch.int64, device=device)
         self.logits_WV = torch.empty(0)
         self._captions: list[tuple[int, ...]] = []
-        self._records = record and device.type == "cuda"
+        # plain PyTorch looks up its keys by the step that Python knows, which a graph would freeze
+        is_triton = all(cache.kept.is_triton for cache in self.caches)
+        self.records = record and is_triton
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
     @property
@@ -101,7 +103,7 @@ class Decoder:
         self.codes_WI[:, :n_given] = given_WI
         self.noise_WI.copy_(noise_WI)
         for i in range(self.model.config.n_image):
-            self._step(i < n_given)
+            self.step(i < n_given)
             if i == n_given:
                 require(
                     bool(self.logits_WV.isfinite().all()),
@@ -136,8 +138,9 @@ class Decoder:
         for cache in self.caches:
             cache.reading = None
 
-    def _step(self, is_given: bool) -> None:
-        if not self._records:
+    def step(self, is_given: bool) -> None:
+        """On by the image token at ``place``: one that ``codes_WI`` has, or one that is drawn."""
+        if not self.records:
             self._compute(is_given)
             self.place.advance()
             return
@@ -147,22 +150,27 @@ class Decoder:
         self.place.i += 1
 
     def _record(self, is_given: bool) -> None:
-        """Record a step; what the warm-up has changed is put back."""
-        held = (self.token_B1, self.codes_WI, self.place.i_1)
+        """Record a step; what the warm-up changes is put back.
+
+        The keys and values of the step itself are not: its first replay writes them again.
+        """
+        held = (self.token_B1, self.codes_WI)
         before = [x.clone() for x in held]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
+        with torch.cuda.device(self.token_B1.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self._compute(is_given)
+                    # each time: weights that give no numbers draw tokens that are none
+                    for x, old in zip(held, before, strict=True):
+                        x.copy_(old)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self._compute(is_given)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._compute(is_given)
-            self.place.i_1.add_(1)
+                self.place.i_1.add_(1)
         self._graphs[is_given] = graph
-        for x, old in zip(held, before, strict=True):
-            x.copy_(old)
 
     def _compute(self, is_given: bool) -> None:
         """The token at ``place`` of every row, into ``codes_WI`` and ``token_B1``."""

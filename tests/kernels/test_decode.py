@@ -122,6 +122,25 @@ def test_a_batch_begins_anew_in_what_the_last_one_left(attend):
             place.advance()
 
 
+def test_a_batch_of_few_captions_leaves_tiles_empty():
+    place = Place(20, 20, DEVICE)
+    place.restart([0] * 20, at=3)
+    assert (place.row_MR >= 0).sum(1).tolist() == [decode.TILE, 4, *[0] * 19]
+    assert (place.i, place.i_1.item()) == (3, 3)
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv", "dense"])
+def test_sizes_of_the_kernel_cover_all_keys(kind):
+    for n_text, grid in ((1, 2), (32, 8), (48, 8), (256, 32)):
+        pattern = Pattern(kind, n_text, grid)
+        for width, itemsize in decode.STEPS:
+            sizes = decode.constants(pattern, width, itemsize)
+            most = max(len(pattern.image_keys(i)) for i in range(0, pattern.n_image, 7)) - 1
+            assert sizes["K"] % sizes["IMAGE"] == 0
+            assert sizes["K"] >= most
+            assert 16 <= sizes["TEXT"] < 2 * max(n_text, 16)
+
+
 def test_the_paths_are_chosen_by_what_can_run():
     pattern, place = Pattern("row", 4, 3), Place(1, 1, DEVICE)
     assert Kept(pattern, place, 1, 24, torch.float32).is_triton is False

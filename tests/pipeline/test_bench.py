@@ -56,6 +56,16 @@ def test_a_training_step_trains(monkeypatch):
     assert all(parameter.grad is None for parameter in made[0].parameters())
 
 
+def test_decoding_is_measured_alone(capsys):
+    bench.main([*SMALL, "--decode", "--batches", "2"])
+    result = json.loads(capsys.readouterr().out)
+    assert "ours" not in result
+    assert set(result["ceilings"]) == {"copy_gb_s", "matmul_tflop_s"}
+    rows = result["decode"]["flags"]["rows"]
+    assert [row["shared"] for row in rows] == [True, False]
+    assert all(row["images_per_s"] > 0 for row in rows)
+
+
 def peer(tmp_path, text):
     script = tmp_path / "peer.py"
     script.write_text(text)
@@ -99,6 +109,8 @@ def test_a_peer_that_fails_is_told(tmp_path, text, words):
     [
         (["--runs", "0"], "--runs is 0; take at least 1"),
         (["--threads", "0"], "--threads is 0"),
+        (["--decode", "--sample"], "--decode is measured alone; leave out --sample"),
+        (["--decode", "--batches", "8", "0"], "--batches has 0; take at least 1"),
         (["--heads", "3"], "does not divide into 3 heads"),
         (["--peer", "python", "missing.py"], "there is no script missing.py"),
         (["--grid", "2", "--peer", "python", "missing.py"], "leave both flags out"),

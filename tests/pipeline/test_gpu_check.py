@@ -108,6 +108,7 @@ ALL = {
     "tests": {"passed": 3},
     "attention": {"patterns": {}, "ratios": [RATIO]},
     "steps": {"train_step_s": 1},
+    "decode": {"decode": {"dalle_1b": {"rows": []}}},
     "pipeline": {"engine": "plain PyTorch"},
     "encode": {"encode": {"job": {"images_per_s": 900}}},
 }
@@ -165,7 +166,7 @@ def test_a_stage_that_was_cut_keeps_what_it_measured(tmp_path: Path) -> None:
 
 def test_stages_without_time_are_named(tmp_path: Path) -> None:
     report = checked(tmp_path, ALL, minutes=0.6)
-    assert set(report["left_out"]) == {"attention", "pipeline", "encode"}
+    assert set(report["left_out"]) == {"attention", "decode", "pipeline", "encode"}
     assert report["left_out"]["pipeline"].endswith("s were left; it is begun with 60")
     assert report["steps"] == ALL["steps"]
     assert not report["complete"]
@@ -225,6 +226,23 @@ def test_steps_are_those_of_the_bench_on_the_device_at_hand(
     monkeypatch.setattr(gpu_check, "saved", lambda out, words, watch: asked.append(words))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     gpu_check.steps(tmp_path, Watch(1), "abc")
+    assert asked[0][asked[0].index("--device") + 1] == "cuda"
+
+
+@pytest.mark.usefixtures("one_cpu_thread")
+def test_decode_is_that_of_the_bench_on_the_device_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ["--d_model", "16", "--layers", "1", "--heads", "1", "--n_text", "4", "--grid", "2"]
+    words = [*gpu_check.DECODE, *small, "--batches", "1", "3"]
+    monkeypatch.setattr(gpu_check, "DECODE", words)
+    found = gpu_check.decode(tmp_path, Watch(1), "abc")
+    assert (found["commit"], found["dtype"]) == ("abc", "bfloat16")
+    assert [row["batch"] for row in found["decode"]["flags"]["rows"]] == [1, 3, 1, 3]
+    asked = []
+    monkeypatch.setattr(gpu_check, "saved", lambda out, words, watch: asked.append(words))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu_check.decode(tmp_path, Watch(1), "abc")
     assert asked[0][asked[0].index("--device") + 1] == "cuda"
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from kernels.speed.compiled import Job, unfit
+from kernels.speed.compiled import DecodeJob, PassJob, unfit
 from kernels.speed.sass import MachineCode
 from kernels.speed.shapes import LAYER
 from kernels.tiles import CHIPS, Tile
@@ -9,7 +9,7 @@ GOOD = MachineCode(128, 0, shared=49152, instructions=1210, loops=(271, 226), wg
 
 
 def job(chip="sm_90", itemsize=2):
-    return Job(chip, 64, itemsize, "dq", LAYER.pattern("row"), Tile(64, 64, 32, 4, 2))
+    return PassJob(chip, 64, itemsize, LAYER.pattern("row"), "dq", Tile(64, 64, 32, 4, 2))
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,14 @@ def test_kernel_that_does_not_fit_its_chip_is_named(chip, change, words):
 def test_good_kernel_fits(chip):
     assert unfit(job(chip), MachineCode(**vars(GOOD) | {"tcgen05": 8})) == []
     assert unfit(job(chip, itemsize=4), MachineCode(**vars(GOOD) | {"wgmma": 0})) == []
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_decoding_takes_any_tensor_product_of_its_chip(chip):
+    step = DecodeJob(chip, 64, 2, LAYER.pattern("row"))
+    assert step.name == f"{chip} D64 16-bit row decode"
+    without = MachineCode(**vars(GOOD) | {"wgmma": 0})
+    for one in ({"wgmma": 1}, {"mma": 1}, {"tcgen05": 1}):
+        assert unfit(step, MachineCode(**vars(without) | one)) == []
+    assert unfit(step, without) == ["0 tensor products, at least 1"]
+    assert unfit(DecodeJob(chip, 64, 4, LAYER.pattern("row")), without) == []

@@ -1,0 +1,1 @@
+"""What the benches of this room measure; no entry points live here."""
