@@ -30,7 +30,7 @@ from pipeline import presets
 from pipeline.config import DalleConfig, DvaeConfig, require
 from pipeline.console import InputError, a_path, command, logger
 from pipeline.files import write_bytes
-from pipeline.generation.sampling import generate, pictures, prepare
+from pipeline.generation.sampling import Sampler, pictures, prepare
 from pipeline.machine import ceilings, commit, device_name, versions
 from pipeline.models.dalle import Dalle, nll_sums
 from pipeline.models.dvae import DiscreteVAE
@@ -107,8 +107,10 @@ def sampled_image(args: argparse.Namespace) -> Callable[[], None]:
     dvae.eval().requires_grad_(False)
     text = torch.randint(config.n_text_vocab, (1, config.n_text))
 
+    sampler = Sampler(model, width=1)
+
     def sample() -> None:
-        pictures(dvae, generate(model, text, [0], width=1), [0], width=1)
+        pictures(dvae, sampler.draw(text, [0]), [0], width=1)
 
     return sample
 
