@@ -48,6 +48,9 @@ from pipeline.models.dalle import Dalle, load_dalle
 from pipeline.models.dvae import DiscreteVAE, load_dvae
 from pipeline.training import processes
 
+MOST_IMAGES = 1_000_000  # of a request, all of whose orders are held in memory
+LONGEST_CAPTION = 200_000  # bytes, twice in a PNG's text
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 log = logger("sample")
@@ -158,10 +161,7 @@ class Artist:
         images = to_uint8(pictures(self.models.dvae, codes, seeds, self.args.width))
         scores = self.scores.of([order.caption for order in batch], text, codes, images)
         for order, image, score in zip(batch, images, scores, strict=True):
-            folder.write(
-                order, image, self.facts | score,
-                signature=self.args.signature, mark=self.args.mark,
-            )  # fmt: skip
+            folder.write(order, image, score, signature=self.args.signature, mark=self.args.mark)
 
     def _show(self, images: list[int], n_rows: int, codes_BYX: torch.Tensor) -> None:
         """The pictures so far in ``partial.png``; on a terminal the new row of the first one."""
@@ -239,7 +239,8 @@ def sample(args: argparse.Namespace, captions: list[str], device: torch.device) 
     )
     args.width = choose_width(args, models.dalle, settings)
     artist = Artist(args, models, text, prompt, scores, settings)
-    folder = Folder(args.out, orders_of(captions, args.count, args.seed))
+    orders = orders_of(captions, args.count, args.seed)
+    folder = Folder(args.out, orders, artist.facts)
     if is_first_rank():
         folder.begin(request_of(args, captions, artist, scorer))
     _wait()
@@ -293,7 +294,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     kept.add_argument("--keep-rows", type=int, metavar="N", help="of the code grid (8 pixels each)")
     kept.add_argument(
         "--mask", dest="mask_image", type=a_path, metavar="FILE",
-        help="picture of the same size: black is kept, only a beginning in raster order can be",
+        help="picture of the same size: black (below 128) is kept, which only a beginning can be",
     )  # fmt: skip
     group.add_argument("--fit", action="store_true", help="take the middle of an image, scaled")
     group = parser.add_argument_group("sampling")
@@ -304,7 +305,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--top_p", type=float, help="draw among the likeliest with this much mass")
     group.add_argument(
         "--guidance", type=float, default=1.0, metavar="G",
-        help="above 1: further to the caption than the model goes (classifier-free guidance)",
+        help="1: none; above 1: further to the caption (classifier-free guidance)",
     )  # fmt: skip
     group.add_argument("--dtype", choices=DTYPES, help="of the matrices; without: float32 on a CPU")
     group.add_argument(
@@ -343,10 +344,14 @@ def check(args: argparse.Namespace) -> None:
         not args.jacobi or args.width in (None, 1),
         f"--width is {args.width}; --jacobi draws one image at a time, leave --width out",
     )
-    require(0 <= args.seed < 2**62, f"--seed is {args.seed}; take 0 to 2^62")
+    require(0 <= args.seed < 2**62, f"--seed is {args.seed}; take 0 to 2^62 - 1")
     require(
         args.rerank is None or 1 <= args.rerank <= args.count,
         f"--rerank is {args.rerank}; take 1 to --count, which is {args.count}",
+    )
+    require(
+        args.scorer != "likelihood" or args.clip is None,
+        "--clip is for --scorer clip; leave one of them out",
     )
     is_given = args.image is not None
     keeps = args.keep_rows is not None or args.mask_image is not None
@@ -368,6 +373,19 @@ def main(argv: list[str] | None = None) -> None:
     if args.caption is not None:
         require(args.caption.strip() != "", "the caption is empty; say what to draw")
     captions = [args.caption.strip()] if args.caption is not None else read_captions(args.captions)
+    n_images = args.count * len(captions)
+    require(
+        n_images <= MOST_IMAGES,
+        f"{n_images:,} images are asked for; a request has at most {MOST_IMAGES:,}, take several "
+        "with other seeds and folders",
+    )
+    for i, caption in enumerate(captions):
+        n_bytes = len(caption.encode("utf-8", "surrogatepass"))
+        require(
+            n_bytes <= LONGEST_CAPTION,
+            f"caption {i} has {n_bytes:,} bytes; every picture carries its own, at most "
+            f"{LONGEST_CAPTION:,}: shorten it",
+        )
     has_ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -40,13 +40,17 @@ class Folder:
     Args:
         path: of the folder.
         orders: all pictures of the request.
+        facts: that all of them have in common.
     """
 
-    def __init__(self, path: Path, orders: Sequence[Order]) -> None:
-        self.path, self.orders = path, orders
+    def __init__(self, path: Path, orders: Sequence[Order], facts: dict[str, Any]) -> None:
+        self.path, self.orders, self.facts = path, orders, facts
 
-    def begin(self, facts: dict[str, Any]) -> None:
+    def begin(self, request: dict[str, Any]) -> None:
         """Make the folder and write down what goes into it; one process does this.
+
+        Args:
+            request: what makes a request another one.
 
         Raises:
             InputError: it cannot be written, or holds the pictures of another request.
@@ -55,31 +59,56 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             before = read_request(self.path)
             if before is None:
-                write_sidecar(self.path, facts)
+                write_sidecar(self.path, request)
                 return
         except OSError as error:
             raise InputError(
                 f"{self.path} cannot be written ({error.strerror}); name another --out"
             ) from error
-        if differs := _difference(before, {"facts": facts, "software": software()}):
+        if differs := _difference(before, {"facts": request, "software": software()}):
             raise InputError(
                 f"{self.path} holds the pictures of another request: {differs}; name another "
-                "--out, or delete this one"
+                "--out, or delete the whole folder"
             )
 
     def left(self) -> list[Order]:
-        """The pictures that are not there yet."""
-        return [order for order in self.orders if not (self.path / order.file).exists()]
+        """The pictures that are not there yet.
+
+        Raises:
+            InputError: a file that has the name of one and is another picture, or damaged.
+        """
+        there = {path.name for path in self.path.iterdir()}
+        for order in self.orders:
+            if order.file in there:
+                self._check(order)
+        return [order for order in self.orders if order.file not in there]
 
     def write(
-        self, order: Order, image_YXC: np.ndarray, facts: dict[str, Any], **marks: bool
+        self, order: Order, image_YXC: np.ndarray, scores: dict[str, float], **marks: bool
     ) -> None:
         """Put a picture there, whole, with ``marks`` as ``write_picture`` takes them."""
-        own = {"file": order.file, "caption": order.caption, "seed": order.seed}
-        own |= {"caption_index": order.caption_index, "image_index": order.image_index}
-        write_picture(
-            self.path / order.file, image_YXC, own | {"index": order.index} | facts, **marks
-        )
+        write_picture(self.path / order.file, image_YXC, self._facts_of(order) | scores, **marks)
+
+    def _facts_of(self, order: Order) -> dict[str, Any]:
+        return {
+            "file": order.file, "caption": order.caption, "seed": order.seed,
+            "caption_index": order.caption_index, "image_index": order.image_index,
+            "index": order.index, **self.facts,
+        }  # fmt: skip
+
+    def _check(self, order: Order) -> None:
+        way_out = "delete it, and the same command draws it again"
+        path = self.path / order.file
+        try:
+            found = read_facts(path)
+        except InputError as error:
+            raise InputError(f"{error}: {way_out}") from error
+        for name, value in self._facts_of(order).items():
+            if found.get(name) != value:
+                raise InputError(
+                    f"{path} is another picture than was asked for, its {name} is "
+                    f"{found.get(name)!r:.80} and not {value!r:.80}: {way_out}"
+                )
 
     def finish(self, best: int | None) -> None:
         """Write the lists and the grid of what is there; one process does this, at the end.

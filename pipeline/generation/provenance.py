@@ -158,7 +158,7 @@ def read_content(path: Path, data: bytes) -> dict[str, Any] | None:
         if END not in data:
             raise EOFError
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        raise InputError(f"{path} is cut off or damaged; copy it again") from error
+        raise InputError(f"{path} is cut off or damaged") from error
     if text is None:
         return None
     try:
@@ -169,9 +169,7 @@ def read_content(path: Path, data: bytes) -> dict[str, Any] | None:
             if kinds != (dict, str):
                 raise TypeError(f"facts and pixels are {kinds}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"{path} has a chunk {CHUNK!r} that is not ours ({error}); copy the picture again"
-        ) from error
+        raise InputError(f"{path} has a chunk {CHUNK!r} that is not ours ({error})") from error
     require(
         version == SCHEMA_VERSION,
         f"{path} has schema version {version!r}, this code reads {SCHEMA_VERSION}; update the code",

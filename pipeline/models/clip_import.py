@@ -1,14 +1,12 @@
 """Reads CLIP's weights as OpenAI and open_clip gave them away; nothing in a file is run."""
 
 import math
-import pickle
 import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -114,7 +112,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise
     except OSError as error:
         raise InputError(f"--weights {path} cannot be read ({error.strerror})") from error
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+    except Exception as error:  # what is no pickle makes the restricted unpickler raise anything
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise InputError(
             f"{path} holds no weights that can be read without running it, or is damaged "

@@ -107,12 +107,13 @@ def test_weights_of_another_model_are_refused(tmp_path, state, change, sentence)
 def test_files_that_are_no_weights_are_refused(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
     (tmp_path / "a.pt").write_bytes(b"nothing")
+    (tmp_path / "words.pt").write_text("hello world\n")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"a": 1}, tmp_path / "number.pt")
     for name, sentence in {
         "nowhere.pt": "nowhere.pt cannot be read .No such file",
         "nowhere.safetensors": "nowhere.safetensors cannot be read",
-        "a.safetensors": "or is damaged", "a.pt": "or is damaged",
+        "a.safetensors": "or is damaged", "a.pt": "or is damaged", "words.pt": "or is damaged",
         "list.pt": "holds a list, no state dict", "number.pt": "holds 'a', which is no tensor",
     }.items():  # fmt: skip
         with pytest.raises(InputError, match=sentence):

@@ -120,6 +120,9 @@ def test_a_caption_too_long_is_cut_and_said(trained, tmp_path, monkeypatch):
         (["--caption", "x", "--count", "0"], "--count is 0; take at least 1"),
         (["--caption", "x", "--count", "4", "--rerank", "5"], "--rerank is 5; take 1 to --count"),
         (["--caption", "x", "--rerank", "0"], "--rerank is 0"),
+        (["--caption", "x", "--count", "9" * 14], "at most 1,000,000, take several"),
+        (["--caption", "x" * 200_001], "caption 0 has 200,001 bytes"),
+        (["--caption", "x", "--scorer", "likelihood", "--clip", "c"], "leave one of them out"),
         (["--caption", "x", "--scorer", "clip"], "name a --clip DIR too"),
         (["--caption", "x", "--clip", "none"], "holds no trained clip"),
         (["--caption", "x", "--guidance", "2"], "has not: train it from a preset with caption_dro"),
@@ -245,6 +248,29 @@ def test_a_folder_takes_one_request(trained, tmp_path, more, words):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == there
     # without --width the folder's
     sample.main(flags(trained, tmp_path, "--caption", "two green cats"))
+
+
+def test_what_is_in_the_folder_is_what_was_asked_for(trained, tmp_path):
+    asked = flags(trained, tmp_path, "--caption", "two green cats", "--count", 3, "--width", 2)
+    sample.main(asked)
+    names = ["00000-000.png", "00000-001.png", "00000-002.png", "grid.png"]
+    there = {name: (tmp_path / name).read_bytes() for name in names}
+    way_out = "delete it, and the same command draws it again"
+    for content, words in (
+        (there["00000-001.png"], "another picture than was asked for, its file is"),
+        (there["00000-002.png"][:300], "cut off or damaged"),
+        (b"", "is no PNG"),
+    ):
+        (tmp_path / "00000-002.png").write_bytes(content)
+        with pytest.raises(InputError, match=f"00000-002.png.*{words}.*: {way_out}"):
+            sample.main(asked)
+        (tmp_path / "00000-002.png").unlink()
+        sample.main(asked)
+        assert {name: (tmp_path / name).read_bytes() for name in names} == there
+    # the request forgotten, and another one
+    (tmp_path / "provenance.json").unlink()
+    with pytest.raises(InputError, match="its caption is 'two green cats' and not 'a red circle'"):
+        sample.main(flags(trained, tmp_path, "--caption", "a red circle", "--width", 2))
 
 
 def test_a_picture_is_gone_on_with_below_its_top_rows(trained, tmp_path, monkeypatch):

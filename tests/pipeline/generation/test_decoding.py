@@ -40,7 +40,10 @@ def decoder_of(model, width, n_captions, guidance, settings, *, record):
         )
         for block in model.blocks
     ]  # fmt: skip
-    decoder.steps[:] = map(block_step, model.blocks, decoder.caches)
+    decoder.steps[:] = [
+        block_step(block, cache.kept.attend)
+        for block, cache in zip(model.blocks, decoder.caches, strict=True)
+    ]
     return decoder
 
 
