@@ -55,7 +55,7 @@ def test_every_picture_says_how_it_was_made() -> None:
 
 def test_the_model_has_a_card() -> None:
     card = (OUT / "MODEL_CARD.md").read_text()
-    assert "## Intended Use" in card
+    assert "## Intended use" in card
     assert "held_out_best_of_8" in card
 
 
