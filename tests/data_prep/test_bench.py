@@ -447,7 +447,10 @@ def test_the_whole_bench_runs_as_a_command(tmp_path, monkeypatch):
     assert result["encode"]["job"]["dvae_busy"] > 0
     assert result["race"]["peer"]["crc32"] > 0
     names = {target["name"] for target in result["targets"]}
-    assert names == set(bench.TARGETS) - {"share of time that the dVAE keeps a GPU busy"}
+    unknown = {"share of time that the dVAE keeps a GPU busy"}
+    if result["ingest"]["job"]["images_per_cpu_s"] is None:  # on a busy machine 40 take no longer
+        unknown.add("ingest, images/s")  # than 10
+    assert names == set(bench.TARGETS) - unknown
     # the processes that it starts count for it too
     started = result["ingest"]["quarter"]["cpu_s"]["min"] + result["encode"]["job"]["command_cpu_s"]
     assert times.cpu_s[0] > started

@@ -81,6 +81,25 @@ def test_the_mark_is_found_and_cannot_be_seen(kind, side):
             assert finding.chance <= mark.CHANCE
 
 
+def strokes(rng, side):
+    """Thin white lines on saturated red: JPEG keeps its colours at half the size."""
+    image = Image.new("RGB", (side, side), (235, 30, 35))
+    pen = ImageDraw.Draw(image)
+    for _ in range(14):
+        pen.line([tuple(map(int, p)) for p in rng.integers(0, side, (2, 2))], "white", 1)
+    return np.asarray(image)
+
+
+def test_what_jpeg_takes_is_added_beforehand(monkeypatch):
+    rng = np.random.default_rng(3)
+    images = [strokes(rng, 64) for _ in range(50)]
+    marked = [add_mark(image) for image in images]
+    assert all(find_mark(jpeg(m, 90)).found for m in marked)
+    assert min(map(psnr, images, marked)) >= 35
+    monkeypatch.setattr(mark, "EXTRAS", 0)
+    assert sum(find_mark(jpeg(add_mark(image), 90)).found for image in images) < 25
+
+
 def test_the_pattern_stays_what_it_is():
     # a picture of another day must still be recognised: its bits, written down once
     marked = add_mark(np.full((64, 64, 3), 128, np.uint8)).astype(int)
