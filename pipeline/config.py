@@ -89,6 +89,12 @@ class FsqConfig:
 ImageModel = DvaeConfig | FsqConfig
 
 
+def _check_counts(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 1, f"{name} is {value}; take at least 1")
+
+
 def _check_image_model(config: "ImageModel") -> None:
     """Sizes of the layers that both tokenizers have."""
     require(
@@ -100,9 +106,7 @@ def _check_image_model(config: "ImageModel") -> None:
         config.n_hid >= 4 and config.n_hid % 4 == 0,
         f"n_hid is {config.n_hid}; residual paths are a quarter as wide, so take a multiple of 4",
     )
-    for name in ("n_init", "n_blk_per_group"):
-        value = getattr(config, name)
-        require(value >= 1, f"{name} is {value}; take 1 or more")
+    _check_counts(config, "n_init", "n_blk_per_group")
 
 
 @dataclass(frozen=True)
@@ -122,9 +126,7 @@ class DalleConfig:
     mup_width: int | None = None  # of the model whose step size this one takes (arXiv 2203.03466)
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "d_model", "n_head", "n_text", "grid"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} is {value}; take at least 1")
+        _check_counts(self, "n_layer", "d_model", "n_head", "n_text", "grid")
         for name in ("n_text_vocab", "n_image_vocab"):
             value = getattr(self, name)
             require(2 <= value <= 65536, f"{name} is {value}; take 2 to 65,536")
@@ -177,8 +179,7 @@ class TowerConfig:
     n_head: int
 
     def __post_init__(self) -> None:
-        for name in ("width", "n_layer", "n_head"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; take at least 1")
+        _check_counts(self, "width", "n_layer", "n_head")
         require(
             self.width % self.n_head == 0,
             f"width {self.width} does not divide into {self.n_head} heads; take a multiple",
@@ -209,8 +210,7 @@ class ClipConfig:
             1 <= self.patch_size <= self.image_size and self.image_size % self.patch_size == 0,
             f"image_size {self.image_size} does not divide into patches of {self.patch_size}",
         )
-        for name in ("n_text", "n_embed"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; take at least 1")
+        _check_counts(self, "n_text", "n_embed")
         require(self.n_vocab >= 2, f"n_vocab is {self.n_vocab}; take at least 2")
 
     @property
@@ -322,29 +322,13 @@ class Spike:
         require(self.returns >= 0, f"a spike's returns is {self.returns}; take 0 or more")
 
 
-def _check_run(run: "Run") -> None:
-    """Counts of a run are counts."""
-    for name in ("batch", "steps", "val_images", "val_every", "save_every", "log_every"):
-        value = getattr(run, name)
-        require(
-            isinstance(value, int) and value >= 1,
-            f"{name} is {value!r} in the preset; take a whole number from 1 on",
-        )
-    require(run.patience_s >= 0, f"patience_s is {run.patience_s}; take 0 for ever, or seconds")
+@dataclass(frozen=True, kw_only=True)
+class _Recipe:
+    """What every training has, whatever is learned."""
 
-
-@dataclass(frozen=True)
-class DvaeRun:
-    """Stage 1: what is learned, in which steps (appendix A.2)."""
-
-    model: ImageModel
     optimizer: Optimizer
-    batch: int  # images an update, over all ranks
+    batch: int  # pictures an update, over all ranks
     steps: int
-    lr: Ramp
-    beta: Ramp | None  # weight of the KL term; None, and no other, with FSQ
-    tau: Ramp | None  # temperature of the relaxation; likewise
-    pixel_noise: float = 0.0  # standard deviation added to training pictures in [0, 1]; paper: 0
     val_images: int = 1024  # looked at in one validation
     val_every: int = 1000
     save_every: int = 1000
@@ -354,7 +338,29 @@ class DvaeRun:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_run(self)
+        for name in ("batch", "steps", "val_images", "val_every", "save_every", "log_every"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and value >= 1,
+                f"{name} is {value!r} in the preset; take a whole number from 1 on",
+            )
+        require(
+            self.patience_s >= 0, f"patience_s is {self.patience_s}; take 0 for ever, or seconds"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DvaeRun(_Recipe):
+    """Stage 1: what is learned, in which steps (appendix A.2)."""
+
+    model: ImageModel
+    lr: Ramp
+    beta: Ramp | None  # weight of the KL term; None, and no other, with FSQ
+    tau: Ramp | None  # temperature of the relaxation; likewise
+    pixel_noise: float = 0.0  # standard deviation added to training pictures in [0, 1]; paper: 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         is_relaxed = isinstance(self.model, DvaeConfig)
         require(
             all(isinstance(ramp, Ramp) == is_relaxed for ramp in (self.beta, self.tau)),
@@ -363,14 +369,11 @@ class DvaeRun:
         )
 
 
-@dataclass(frozen=True)
-class DalleRun:
+@dataclass(frozen=True, kw_only=True)
+class DalleRun(_Recipe):
     """Stage 2: what is learned, in which steps (appendix B.2)."""
 
     model: DalleConfig
-    optimizer: Optimizer
-    batch: int  # captioned images an update, over all ranks
-    steps: int
     warmup: int  # updates over which the step size grows linearly to lr.start
     lr: StepSize
     text_weight: float = 1 / 8  # of the text loss; the image loss has the rest (section 2.2)
@@ -379,16 +382,9 @@ class DalleRun:
     # (arXiv 2207.12598); paper: none
     caption_dropout: float = 0.0
     z_loss: float = 0.0  # weight of the mean square of the log of the softmax's sum; paper: none
-    val_images: int = 1024
-    val_every: int = 1000
-    save_every: int = 1000
-    log_every: int = 10
-    patience_s: float = 3600.0  # an update that takes longer is a hang; 0 waits for ever
-    spike: Spike | None = None  # None takes every loss that is a number
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_run(self)
+        super().__post_init__()
         require(0 <= self.bpe_dropout <= 1, f"bpe_dropout is {self.bpe_dropout}; it lies in [0, 1]")
         require(
             0 <= self.caption_dropout < 1,
@@ -397,27 +393,20 @@ class DalleRun:
         require(self.z_loss >= 0, f"z_loss is {self.z_loss}; take 0 or more")
 
 
-@dataclass(frozen=True)
-class ClipRun:
-    """CLIP: what is learned, in which steps (arXiv 2103.00020, section 2.5)."""
+@dataclass(frozen=True, kw_only=True)
+class ClipRun(_Recipe):
+    """CLIP: what is learned, in which steps (arXiv 2103.00020, section 2.5).
+
+    Each picture of a batch is told apart from all others.
+    """
 
     model: ClipConfig
-    optimizer: Optimizer
-    batch: int  # captioned pictures an update, over all ranks: each is told apart from all others
-    steps: int
     warmup: int  # updates over which the step size grows linearly to lr.start
     lr: Ramp
-    val_images: int = 1024
     val_batch: int = 256  # held-out pictures among which a caption's own is looked for
-    val_every: int = 1000
-    save_every: int = 1000
-    log_every: int = 10
-    patience_s: float = 3600.0  # an update that takes longer is a hang; 0 waits for ever
-    spike: Spike | None = None  # None takes every loss that is a number
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_run(self)
+        super().__post_init__()
         require(
             2 <= self.val_batch <= self.val_images,
             f"val_batch is {self.val_batch}; take 2 to the {self.val_images} of val_images",

@@ -1,4 +1,4 @@
-"""Turn CLIP's weights, OpenAI's or open_clip's, into a folder that ranks pictures by captions.
+r"""Turn CLIP's weights, OpenAI's or open_clip's, into a folder that ranks pictures by captions.
 
 python -m pipeline.import_clip --weights open_clip_model.safetensors \
     --vocabulary bpe_simple_vocab_16e6.txt.gz --out clip

@@ -1,11 +1,10 @@
-"""CLIP: train the model that ranks pictures by their captions, on pair shards (arXiv 2103.00020).
+r"""CLIP: train the model that ranks pictures by their captions, on pair shards (arXiv 2103.00020).
 
 deepspeed --module pipeline.train_clip --preset clip_demo --data PAIRS --tokenizer DIR --out DIR \
     --deepspeed_config ds_configs/zero3_cpu.json
 python -m pipeline.train_clip ...      without --deepspeed_config: one process, plain PyTorch
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,17 @@ from torch import Tensor
 
 from pipeline import presets
 from pipeline.config import ClipRun
-from pipeline.console import InputError, a_path, command
+from pipeline.console import InputError, command
 from pipeline.data.clip_tokens import OwnTokens
 from pipeline.data.images import augment_clip
 from pipeline.data.loader import PairLoader
-from pipeline.data.sets import BLOCK_HELP, MIX_HELP, Data
+from pipeline.data.sets import Data
 from pipeline.models.clip import Clip
-from pipeline.training import loop, processes, wishes
+from pipeline.training import loop, wishes
 from pipeline.training.contrastive import contrastive_share
 from pipeline.training.engine import Engine
+from pipeline.training.launch import launch, parser_of
 from pipeline.training.schedules import LearningRate
-from pipeline.training.zero import make_engine
 
 Batch = tuple[Tensor, Tensor]  # pictures float32 [B, 3, S, S] in [0, 1], captions int64 [B, n_text]
 
@@ -145,27 +144,18 @@ class ClipStage(loop.Stage[Batch]):
 
 def main() -> None:
     """Train CLIP from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="pipeline.train_clip",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = parser_of(
+        "pipeline.train_clip",
+        __doc__,
+        presets="clip_demo, clip_b32",
+        data="pair sets (data_prep.ingest)",
     )
-    parser.add_argument("--preset", required=True, help="clip_demo, clip_b32 or FILE.py:FUNCTION")
-    parser.add_argument("--data", required=True, nargs="+", help="pair sets (data_prep.ingest)")
-    parser.add_argument("--mix", nargs="+", type=int, metavar="W", help=MIX_HELP)
-    parser.add_argument("--block-order", action="store_true", help=BLOCK_HELP)
     parser.add_argument("--tokenizer", required=True, help="folder of data_prep.train_tokenizer")
-    parser.add_argument("--out", required=True, type=a_path)
-    parser.add_argument("--deepspeed_config", help="JSON of ds_configs/; without: plain PyTorch")
-    parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
-    wishes.add_arguments(parser)
     args = parser.parse_args()
     wished = wishes.of(args)
     run = presets.load_kind(args.preset, ClipRun)
     stage = ClipStage(run, args.data, args.tokenizer, mix=args.mix, block_order=args.block_order)
-    with processes.others():
-        engine = make_engine(stage.build, run, args.deepspeed_config)
-        processes.leave(loop.train(stage, engine, args.out, wished))
+    launch(stage, args, wished)
 
 
 if __name__ == "__main__":

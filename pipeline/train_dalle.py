@@ -1,12 +1,10 @@
-"""Stage 2: train the transformer on token shards (sections 2.2 and 2.4, appendix B).
+r"""Stage 2: train the transformer on token shards (sections 2.2 and 2.4, appendix B).
 
-deepspeed --module pipeline.train_dalle --preset dalle_demo --data TOKENS --tokenizer DIR --out DIR
-\
-    --deepspeed_config ds_configs/zero3_cpu.json
+deepspeed --module pipeline.train_dalle --preset dalle_demo --data TOKENS --tokenizer DIR \
+    --out DIR --deepspeed_config ds_configs/zero3_cpu.json
 python -m pipeline.train_dalle ...      without --deepspeed_config: one process, plain PyTorch
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,18 +15,18 @@ from torch import Tensor
 from kernels.attention.op import BACKENDS, choose_backend
 from pipeline import presets
 from pipeline.config import DalleRun
-from pipeline.console import InputError, a_path, command, logger
+from pipeline.console import InputError, command, logger
 from pipeline.data.loader import Batch, TokenLoader
-from pipeline.data.sets import BLOCK_HELP, MIX_HELP, Data
+from pipeline.data.sets import Data
 from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.models.dalle import NO_TOKEN, Dalle, nll_sums, z_sums
 from pipeline.models.dvae import load_dvae
-from pipeline.training import ds_config, loop, processes, wishes
+from pipeline.training import ds_config, loop, wishes
 from pipeline.training.engine import Engine
+from pipeline.training.launch import launch, parser_of
 from pipeline.training.samples import MOST, Sheet
 from pipeline.training.schedules import LearningRate
-from pipeline.training.zero import make_engine
 
 log = logger("dalle")
 
@@ -248,26 +246,23 @@ def check_dvae(tokens: ShardReader, dvae: str) -> None:
 
 def main() -> None:
     """Train stage 2 from the command line."""
-    parser = argparse.ArgumentParser(prog="pipeline.train_dalle", description=__doc__)
-    parser.add_argument("--preset", required=True, help="dalle_demo .. dalle_12b, FILE.py:FUNCTION")
-    parser.add_argument("--data", required=True, nargs="+", help="token sets (data_prep.encode)")
-    parser.add_argument("--mix", nargs="+", type=int, metavar="W", help=MIX_HELP)
-    parser.add_argument("--block-order", action="store_true", help=BLOCK_HELP)
+    parser = parser_of(
+        "pipeline.train_dalle",
+        __doc__,
+        presets="dalle_demo .. dalle_12b",
+        data="token sets (data_prep.encode)",
+    )
     parser.add_argument("--tokenizer", required=True, help="folder of data_prep.train_tokenizer")
     parser.add_argument("--dvae", help="refuse to start unless this dVAE made the tokens")
     parser.add_argument(
         "--sample-dvae", help="the dVAE of the tokens: draw held-out captions at each validation"
     )
     parser.add_argument("--sample-count", type=int, default=8, metavar="N", help="captions drawn")
-    parser.add_argument("--out", required=True, type=a_path)
-    parser.add_argument("--deepspeed_config", help="JSON of ds_configs/; without: plain PyTorch")
     parser.add_argument(
         "--attention",
         choices=list(BACKENDS),
         help="path of the attention patterns; without: the fastest that can run, said in the log",
     )
-    parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
-    wishes.add_arguments(parser)
     args = parser.parse_args()
     wished = wishes.of(args)
     if not 1 <= args.sample_count <= MOST:
@@ -289,9 +284,7 @@ def main() -> None:
     )
     for dvae in filter(None, (args.dvae, args.sample_dvae)):
         check_dvae(stage.data.readers[0], dvae)
-    with processes.others():
-        engine = make_engine(stage.build, run, args.deepspeed_config)
-        processes.leave(loop.train(stage, engine, args.out, wished))
+    launch(stage, args, wished)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python -m pipeline.train_dvae --preset NAME --data PAIRS --out DIR
 The second is one process, without DeepSpeed.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -18,15 +17,15 @@ from torch import Tensor
 
 from pipeline import presets
 from pipeline.config import DvaeRun, Ramp
-from pipeline.console import a_path, command, logger
+from pipeline.console import command, logger
 from pipeline.data.loader import PairLoader, sample_seed
 from pipeline.data.pictures import save_comparison, to_uint8
-from pipeline.data.sets import BLOCK_HELP, MIX_HELP, Data
+from pipeline.data.sets import Data
 from pipeline.models.dvae import DiscreteVAE, load_dvae
-from pipeline.training import loop, processes, wishes
+from pipeline.training import loop, wishes
 from pipeline.training.engine import Engine
+from pipeline.training.launch import launch, parser_of
 from pipeline.training.schedules import at
-from pipeline.training.zero import make_engine
 
 log = logger("dvae")
 
@@ -258,28 +257,17 @@ def write_reconstructions(path: Path, images: Tensor, pictures: Tensor) -> None:
 
 def main() -> None:
     """Train stage 1 from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="pipeline.train_dvae",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = parser_of(
+        "pipeline.train_dvae",
+        __doc__,
+        presets="dvae_demo, dvae_paper, fsq_paper",
+        data="pair sets (data_prep.ingest)",
     )
-    parser.add_argument(
-        "--preset", required=True, help="dvae_demo, dvae_paper, fsq_paper or FILE.py:FUNCTION"
-    )
-    parser.add_argument("--data", required=True, nargs="+", help="pair sets (data_prep.ingest)")
-    parser.add_argument("--mix", nargs="+", type=int, metavar="W", help=MIX_HELP)
-    parser.add_argument("--block-order", action="store_true", help=BLOCK_HELP)
-    parser.add_argument("--out", required=True, type=a_path)
-    parser.add_argument("--deepspeed_config", help="JSON of ds_configs/; without: plain PyTorch")
-    parser.add_argument("--local_rank", type=int, default=0, help="given by the launcher")
-    wishes.add_arguments(parser)
     args = parser.parse_args()
     wished = wishes.of(args)
     run = presets.load_kind(args.preset, DvaeRun)
     stage = DvaeStage(run, args.data, mix=args.mix, block_order=args.block_order)
-    with processes.others():
-        engine = make_engine(stage.build, run, args.deepspeed_config)
-        processes.leave(loop.train(stage, engine, args.out, wished))
+    launch(stage, args, wished)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from kernels.attention.decode import Place
-from pipeline.config import DalleConfig, require
+from pipeline.config import DalleConfig
 from pipeline.generation.cache import BoundedCache
+from pipeline.generation.draw import guide, require_numbers
 from pipeline.generation.step import block_step
 from pipeline.models.dalle import NO_TOKEN, Block, Dalle, layer_patterns
 
@@ -105,11 +106,7 @@ class Decoder:
         for i in range(self.model.config.n_image):
             self.step(i < n_given)
             if i == n_given:
-                require(
-                    bool(self.logits_WV.isfinite().all()),
-                    "the model gives logits that are no numbers: its training has diverged; "
-                    "take an earlier checkpoint",
-                )
+                require_numbers(self.logits_WV)
             after(i + 1, self.codes_WI)
         return self.codes_WI
 
@@ -181,19 +178,11 @@ class Decoder:
         if is_given:
             token_W1 = self.codes_WI.index_select(1, at_1)
         else:
-            self.logits_WV = self._logits(x_BC)
+            logits_BV = self.model.image_head(self.model.norm(x_BC))
+            self.logits_WV = guide(logits_BV, self.guidance)
             token_W1 = self.draw(self.logits_WV, self.noise_WI.index_select(1, at_1))
             self.codes_WI.index_copy_(1, at_1, token_W1)
         self.token_B1.copy_(torch.cat([token_W1] * 2) if self.is_guided else token_W1)
-
-    def _logits(self, x_BC: Tensor) -> Tensor:
-        """Of the next token, [W, V]."""
-        logits_BV: Tensor = self.model.image_head(self.model.norm(x_BC))
-        if self.guidance is None:
-            return logits_BV
-        # classifier-free guidance (arXiv 2207.12598), on the logits of tokens
-        with_WV, without_WV = logits_BV.chunk(2)
-        return torch.lerp(without_WV, with_WV, self.guidance)
 
 
 def caches_of(config: DalleConfig, place: Place, dtype: torch.dtype) -> list[BoundedCache]:

@@ -102,6 +102,31 @@ def pick(weights_BV: Tensor, noise_B1: Tensor) -> Tensor:
     return torch.searchsorted(running_BV, share_B1, right=True)
 
 
+def guide(logits_BV: Tensor, guidance: float | None) -> Tensor:
+    """Logits of pictures: of the first half of the rows, moved away from those of the second.
+
+    Classifier-free guidance (arXiv 2207.12598), on the logits of tokens.
+
+    Args:
+        logits_BV: [2 W, ..., V] with the rows of no caption behind those of captions; [W, ..., V]
+            where ``guidance`` is None.
+        guidance: see ``Settings``; None for none.
+    """
+    if guidance is None:
+        return logits_BV
+    with_WV, without_WV = logits_BV.chunk(2)
+    return torch.lerp(without_WV, with_WV, guidance)
+
+
+def require_numbers(logits: Tensor) -> None:
+    """Raise ``InputError`` unless a model gives finite logits."""
+    require(
+        bool(logits.isfinite().all()),
+        "the model gives logits that are no numbers: its training has diverged; take an earlier "
+        "checkpoint",
+    )
+
+
 def noise(seed: int, n_image: int) -> Tensor:
     """The uniform numbers of one image, float64 [n_image], drawn on the CPU for every device."""
     generator = torch.Generator().manual_seed(seed)

@@ -8,11 +8,12 @@ et al. (arXiv 2002.03629) solve networks so, Wiggers and Hoogeboom (2002.09928) 
 Speculative Jacobi decoding (2410.01699) draws fresh noise in each pass and accepts or rejects: the
 same distribution, but other pictures, and no fewer passes.
 
-Rows of a batch wait for each other: a window begins at the same token in all of them.
+One picture at a time: rows of a batch would wait for the slowest of them at every pass, and with
+16 of them nothing was left of what is gained (measured).
 
-Letters: B rows of a batch (twice the pictures with guidance), W pictures, T text positions, I image
-positions, N positions of a window, R = B * N, K keys (T + I), H heads, D head width, Z keys (0) and
-values (1), V image vocabulary.
+Letters: B rows (the picture, and once more without its caption for guidance), T text positions, I
+image positions, N positions of a window, R = B * N, K keys (T + I), H heads, D head width, Z keys
+(0) and values (1), V image vocabulary.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import Pattern
-from pipeline.config import require
+from pipeline.generation.draw import guide, require_numbers
 from pipeline.generation.step import block_step
 from pipeline.models.dalle import NO_TOKEN, Block, Dalle, layer_patterns
 
@@ -30,7 +31,7 @@ WINDOW = 16  # positions of a pass, confirmed token included
 
 
 class Window:
-    """Where a batch's pass is: image positions ``first`` to ``end`` - 1 of every row."""
+    """Where a pass is: image positions ``first`` to ``end`` - 1."""
 
     first = 0
     end = 0
@@ -42,7 +43,7 @@ class WindowCache:
     Args:
         mask_IK: added to the scores of image queries and all T + I keys, in the dtype of q, k and v
             and on their device.
-        window: of the batch, shared by its layers.
+        window: shared by the layers.
         n_rows: B.
         n_head: H.
         d_head: D.
@@ -79,120 +80,103 @@ class WindowCache:
 
 
 class JacobiDecoder:
-    """Image tokens of ``width`` pictures, a window of them a pass.
+    """Image tokens of one picture, a window of them a pass.
 
-    The pictures are those of ``Decoder`` with the same noise, up to rounding.
+    The picture is that of ``Decoder`` with the same noise, up to rounding.
 
     Args:
         model: to sample from.
-        width: W.
         guidance: see ``Settings``; None for none.
-        draw: tokens int64 [R, 1] from logits float32 [R, V] and noise float64 [R, 1].
+        draw: tokens int64 [N, 1] from logits float32 [N, V] and noise float64 [N, 1].
         window: positions of a pass.
     """
+
+    n_captions = 1
 
     def __init__(
         self,
         model: Dalle,
-        width: int,
         guidance: float | None,
         draw: Callable[[Tensor, Tensor], Tensor],
         window: int = WINDOW,
     ) -> None:
-        self.model, self.width, self.guidance, self.draw = model, width, guidance, draw
+        self.model, self.guidance, self.draw = model, guidance, draw
         self.size, self.window = window, Window()
-        self.n_captions = width  # every row keeps its own
-        self.n_rows = width if guidance is None else 2 * width
-        self.n_passes = 0  # of the last batch
+        self.n_rows = 1 if guidance is None else 2
+        self.n_passes = 0  # of the last picture
         self.caches = _caches_of(model, self.window, self.n_rows)
         self.steps = [
             block_step(block, cache.attend_window)
             for block, cache in zip(model.blocks, self.caches, strict=True)
             if isinstance(block, Block)
         ]
-        self._captions: list[tuple[int, ...] | None] = [None] * self.n_rows
+        self._captions: list[tuple[int, ...]] = []
         self._place_I = torch.arange(model.config.n_image, device=model.image_head.weight.device)
 
     def decode(
         self,
-        text_WT: Tensor,
-        noise_WI: Tensor,
-        given_WI: Tensor,
+        text_1T: Tensor,
+        noise_1I: Tensor,
+        given_1I: Tensor,
         after: Callable[[int, Tensor], None],
     ) -> Tensor:
         """``Decoder.decode``; ``after`` is called once for every token that is certain."""
-        self._read(text_WT)
-        n_image, n_given = self.model.config.n_image, given_WI.shape[1]
+        self._read(text_1T)
+        n_image, n_given = self.model.config.n_image, given_1I.shape[1]
         device = self._place_I.device
         # a start, then the tokens
-        read_WI = torch.full((self.width, 1 + n_image), NO_TOKEN, device=device)
-        codes_WI = read_WI[:, 1:]
-        codes_WI[:, :n_given] = given_WI
-        noise_WI = noise_WI.to(device)
+        read_1I = torch.full((1, 1 + n_image), NO_TOKEN, device=device)
+        codes_1I = read_1I[:, 1:]
+        codes_1I[:, :n_given] = given_1I
+        codes_I, noise_I1 = codes_1I[0], noise_1I.to(device).t()
         self.n_passes, first, drafted = 0, 0, n_given
         while first < n_image:
             end = min(first + self.size, n_image)
-            _draft(codes_WI, drafted, end, self.model.config.grid)
-            logits_WNV = self._pass(read_WI, first, end)
+            _draft(codes_I, drafted, end, self.model.config.grid)
+            logits_NV = self._pass(read_1I, first, end)
             if self.n_passes == 0:
-                require(
-                    bool(logits_WNV.isfinite().all()),
-                    "the model gives logits that are no numbers: its training has diverged; "
-                    "take an earlier checkpoint",
-                )
-            drawn_WN = self.draw(
-                logits_WNV.flatten(0, 1), noise_WI[:, first:end].reshape(-1, 1)
-            ).view(self.width, -1)
+                require_numbers(logits_NV)
+            drawn_N = self.draw(logits_NV, noise_I1[first:end])[:, 0]
             fixed = min(max(n_given - first, 0), end - first)
-            drawn_WN[:, :fixed] = codes_WI[:, first : first + fixed]
-            is_same_N = (drawn_WN == codes_WI[:, first:end]).all(0)
-            codes_WI[:, first:end] = drawn_WN
+            drawn_N[:fixed] = codes_I[first : first + fixed]
+            is_same_N = drawn_N == codes_I[first:end]
+            codes_I[first:end] = drawn_N
             # the first that differs was drawn behind right ones
             n_right = min(int(is_same_N.long().cumprod(0).sum()) + 1, end - first)
             for i in range(first, first + n_right):
-                after(i + 1, codes_WI)
+                after(i + 1, codes_1I)
             first, drafted = first + n_right, max(end, n_given)
             self.n_passes += 1
-        return codes_WI
+        return codes_1I
 
-    def _read(self, text_WT: Tensor) -> None:
-        """Read the captions that have changed, one at a time."""
-        captions: list[tuple[int, ...]] = [tuple(row) for row in text_WT.tolist()]
-        if self.guidance is not None:
-            captions += [(NO_TOKEN,) * text_WT.shape[1]] * self.width
+    def _read(self, text_1T: Tensor) -> None:
+        """Read the caption, and that of no words, unless they are those of the last picture."""
+        captions = [tuple(text_1T[0].tolist()), (NO_TOKEN,) * text_1T.shape[1]][: self.n_rows]
         for row, caption in enumerate(captions):
-            if self._captions[row] == caption:
+            if self._captions[row : row + 1] == [caption]:
                 continue
             for cache in self.caches:
                 cache.row = row
             x_1TC = self.model.text_embedding(torch.tensor([caption], device=self._place_I.device))
             for block, cache in zip(self.model.blocks, self.caches, strict=True):
                 x_1TC = block(x_1TC, cache)
-        self._captions = list(captions)
+        self._captions = captions
 
-    def _pass(self, read_WI: Tensor, first: int, end: int) -> Tensor:
-        """Logits of the tokens ``first`` to ``end`` - 1, float32 [W, N, V]."""
+    def _pass(self, read_1I: Tensor, first: int, end: int) -> Tensor:
+        """Logits of the tokens ``first`` to ``end`` - 1, float32 [N, V]."""
         self.window.first, self.window.end = first, end
-        read_BN = read_WI[:, first:end]
-        if self.guidance is not None:
-            read_BN = torch.cat([read_BN] * 2)
-        x_BNC = self.model.image_embedding(read_BN, self._place_I[first:end])
-        x_RC = x_BNC.flatten(0, 1)
+        read_BN = read_1I[:, first:end].expand(self.n_rows, -1)
+        x_RC = self.model.image_embedding(read_BN, self._place_I[first:end]).flatten(0, 1)
         for step in self.steps:
             x_RC = step(x_RC)
-        logits_RV: Tensor = self.model.image_head(self.model.norm(x_RC))
-        logits_BNV = logits_RV.unflatten(0, (self.n_rows, -1))
-        if self.guidance is None:
-            return logits_BNV
-        with_WNV, without_WNV = logits_BNV.chunk(2)
-        return torch.lerp(without_WNV, with_WNV, self.guidance)
+        return guide(self.model.image_head(self.model.norm(x_RC)), self.guidance)
 
 
-def _draft(codes_WI: Tensor, first: int, end: int, grid: int) -> None:
+def _draft(codes_I: Tensor, first: int, end: int, grid: int) -> None:
     """Guess tokens that no pass has drawn: the one above, in the first grid row the one before."""
     for i in range(first, end):
         source = i - grid if i >= grid else i - 1
-        codes_WI[:, i] = codes_WI[:, source] if source >= 0 else 0
+        codes_I[i] = codes_I[source] if source >= 0 else 0
 
 
 def _caches_of(model: Dalle, window: Window, n_rows: int) -> list[WindowCache]:

@@ -23,10 +23,10 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from pipeline.config import require
 from pipeline.console import InputError
+from pipeline.environment import ROOT, environment
 from pipeline.files import write_bytes
 from pipeline.generation.mark import add_mark
 from pipeline.generation.signature import add_signature
-from pipeline.training.processes import ROOT, environment
 
 SCHEMA_VERSION = 1
 CHUNK = "daikon"

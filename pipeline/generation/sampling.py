@@ -131,7 +131,7 @@ class Sampler:
             room = min(1 << (n_captions - 1).bit_length(), self.width)
             guidance = None if self.settings.guidance == 1 else self.settings.guidance
             if self.jacobi:
-                self._decoder = JacobiDecoder(self.model, 1, guidance, self.settings.draw)
+                self._decoder = JacobiDecoder(self.model, guidance, self.settings.draw)
                 return self._decoder
             self._decoder = None  # its memory first
             try:

@@ -1,33 +1,26 @@
 """The processes of a launch: joining them under DeepSpeed's launcher, and leaving them."""
 
 import datetime
-import hashlib
 import json
 import logging
 import os
-import platform
 import re
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline.console import SECONDS_TO_SPEAK, InputError, OwnError
+from pipeline.environment import environment
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 LOST = 69  # EX_UNAVAILABLE of sysexits.h: another rank is gone
-# what changes numbers, the order of samples or the pieces of a caption
-LIBRARIES = ("torch", "deepspeed", "numpy", "sentencepiece")
 TOLD = 5  # differences between ranks that are named
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 class LostError(OwnError):
@@ -88,16 +81,6 @@ def _why_not_joined(error: dist.DistError) -> str:
         f"the ranks did not find each other at {host}:{port} ({_shortly(error)}): does the first "
         "node run, and do --master_addr and --master_port name it on all nodes?"
     )
-
-
-def environment() -> dict[str, str]:
-    """What this process computes with: versions, and a hash of the code."""
-    code = hashlib.sha256()
-    for folder in ("kernels", "pipeline"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            code.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
-    versions = {name: version(name) for name in LIBRARIES}
-    return {"code": code.hexdigest()[:16], "python": platform.python_version(), **versions}
 
 
 def agree(own: dict[str, Any]) -> None:

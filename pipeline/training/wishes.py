@@ -1,4 +1,4 @@
-"""What a user may ask of a run beside its preset: flags of both trainings."""
+"""What a user may ask of a run beside its preset: flags of all trainings."""
 
 import argparse
 from dataclasses import dataclass, field

@@ -19,8 +19,8 @@ from tests import tiny as runs
         ({"n_vocab": 65537}, "n_vocab is 65537"),
         ({"n_hid": 6}, "n_hid is 6; .* take a multiple of 4"),
         ({"n_hid": 0}, "n_hid is 0"),
-        ({"n_init": 0}, "n_init is 0; take 1 or more"),
-        ({"n_blk_per_group": 0}, "n_blk_per_group is 0; take 1 or more"),
+        ({"n_init": 0}, "n_init is 0; take at least 1"),
+        ({"n_blk_per_group": 0}, "n_blk_per_group is 0; take at least 1"),
     ],
 )
 def test_a_wrong_dvae_is_refused(changes, sentence):
@@ -33,7 +33,7 @@ def test_a_wrong_dvae_is_refused(changes, sentence):
     [
         ({"image_size": 60}, "image_size is 60; it must be a positive multiple of 8"),
         ({"n_hid": 6}, "n_hid is 6; .* take a multiple of 4"),
-        ({"n_init": 0}, "n_init is 0; take 1 or more"),
+        ({"n_init": 0}, "n_init is 0; take at least 1"),
         ({"levels": ()}, r"levels are \[\], which make 1 codes; take whole numbers from 2 on"),
         ({"levels": (8, 1)}, r"levels are \[8, 1\], which make 8 codes"),
         ({"levels": (8, 2.5)}, r"levels are \[8, 2.5\]"),

@@ -22,37 +22,34 @@ def ignore(*_):
     """What is called after each token, by those who do not listen."""
 
 
-def noises(seeds, n_image=N_IMAGE):
-    return torch.stack([noise(seed, n_image) for seed in seeds])
+def noise_of(seed):
+    return noise(seed, N_IMAGE)[None]
 
 
-def given(width, n=0):
-    return torch.randint(24, (width, n), generator=torch.Generator().manual_seed(4))
+def given(n=0):
+    return torch.randint(24, (1, n), generator=torch.Generator().manual_seed(4))
 
 
 @torch.inference_mode()
-def both(model, decoder, settings=None, n_given=0, n_batches=6):
-    """Codes of ``decoder`` and of one step a token, and the passes of the first."""
-    settings, width = settings or Settings(), decoder.width
+def both(model, window, settings, n_given=0, n_pictures=6):
+    """Codes of a ``JacobiDecoder`` and of one step a token, and the passes of the first."""
     guidance = None if settings.guidance == 1 else settings.guidance
-    steps = Decoder(model, width, width, guidance, settings.draw)
-    text = random_captions(CONFIG, width * n_batches)
+    decoder = JacobiDecoder(model, guidance, settings.draw, window)
+    steps = Decoder(model, 1, 1, guidance, settings.draw)
+    text = random_captions(CONFIG, n_pictures)
+    text[1] = text[0]  # a caption that has been read
     got, want, n_passes = [], [], 0
-    for i in range(n_batches):
-        rows = slice(i * width, (i + 1) * width)
-        asked = text[rows], noises(range(rows.start, rows.stop)), given(width, n_given)
+    for i in range(n_pictures):
+        asked = text[i : i + 1], noise_of(i), given(n_given)
         got.append(decoder.decode(*asked, ignore))
         want.append(steps.decode(*asked, ignore).clone())
         n_passes += decoder.n_passes
     return torch.cat(got), torch.cat(want), n_passes
 
 
-@pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("window", [1, 2, 5, 16, 99])
-def test_pictures_are_those_of_one_step_a_token(model, width, window):
-    settings = Settings(top_k=3)
-    decoder = JacobiDecoder(model, width, None, settings.draw, window)
-    got, want, n_passes = both(model, decoder, settings)
+def test_pictures_are_those_of_one_step_a_token(model, window):
+    got, want, n_passes = both(model, window, Settings(top_k=3))
     assert torch.equal(got, want)
     assert len(got.unique(dim=0)) == len(got)
     if window == 1:
@@ -68,9 +65,7 @@ def test_pictures_are_those_of_one_step_a_token(model, width, window):
 )
 @pytest.mark.parametrize("n_given", [0, 1, 9, 15])
 def test_settings_and_given_tokens_are_kept(model, settings, n_given):
-    guidance = None if settings.guidance == 1 else settings.guidance
-    decoder = JacobiDecoder(model, 2, guidance, settings.draw, 6)
-    got, want, _ = both(model, decoder, settings, n_given, n_batches=3)
+    got, want, _ = both(model, 6, settings, n_given)
     assert torch.equal(got, want)
 
 
@@ -84,12 +79,12 @@ def test_pictures_come_as_often_as_the_model_says():
     _, logits = model(text.expand(len(every), -1), every)
     p = logits.softmax(-1).gather(2, every[..., None])[..., 0].prod(1)
     assert (p * n > 5).all()
-    decoder, n_passes, found = JacobiDecoder(model, 1, None, settings.draw, 4), 0, []
+    decoder, n_passes, found = JacobiDecoder(model, None, settings.draw, 4), 0, []
     # of one generator: 2000 are slow to make
     noise_SI = torch.rand(n, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     with torch.inference_mode():
         for noise_I in noise_SI:
-            found.append(decoder.decode(text, noise_I[None], given(1), ignore)[0])
+            found.append(decoder.decode(text, noise_I[None], given(), ignore)[0])
             n_passes += decoder.n_passes
     # drafts are accepted, and are refused
     assert 1.3 * n < n_passes < 3.5 * n
@@ -102,12 +97,12 @@ def test_pictures_come_as_often_as_the_model_says():
 
 def test_every_token_is_heard_of_once_and_stays(model):
     heard = []
-    decoder = JacobiDecoder(model, 2, None, Settings(top_k=3).draw, 6)
+    decoder = JacobiDecoder(model, None, Settings(top_k=3).draw, 6)
     with torch.inference_mode():
         codes = decoder.decode(
-            random_captions(CONFIG, 2),
-            noises([0, 1]),
-            given(2),
+            random_captions(CONFIG, 1),
+            noise_of(0),
+            given(),
             lambda n, codes: heard.append((n, codes[:, :n].clone())),
         )
     assert [n for n, _ in heard] == list(range(1, N_IMAGE + 1))
@@ -118,6 +113,6 @@ def test_every_token_is_heard_of_once_and_stays(model):
 def test_a_diverged_model_is_named():
     broken = random_dalle(CONFIG)
     broken.norm.gain[3] = float("nan")
-    decoder = JacobiDecoder(broken, 1, None, Settings().draw)
+    decoder = JacobiDecoder(broken, None, Settings().draw)
     with pytest.raises(InputError, match="no numbers"):
-        decoder.decode(random_captions(CONFIG, 1), noises([0]), given(1), ignore)
+        decoder.decode(random_captions(CONFIG, 1), noise_of(0), given(), ignore)

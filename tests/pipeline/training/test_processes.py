@@ -1,12 +1,11 @@
 import datetime
-import re
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from pipeline.training import processes
-from pipeline.training.processes import LostError, disagreement, environment, others
+from pipeline.training.processes import LostError, disagreement, others
 from tests.tiny import free_port
 
 SAME = {"torch": "2.13.0", "preset": {"batch": 8, "lr": {"start": 0.1}}}
@@ -36,23 +35,6 @@ def test_of_many_differences_the_first_five_are_told():
     sentence = disagreement([one, two])
     assert sentence.count("name-") == 5
     assert "name-4 is 1 on rank 0, 2 on rank 1; and 4 more. Give" in sentence
-
-
-def test_the_environment_is_versions_and_all_of_the_code(tmp_path, monkeypatch):
-    here = environment()
-    assert here["torch"] == torch.__version__
-    assert list(here) == ["code", "python", "torch", "deepspeed", "numpy", "sentencepiece"]
-    for folder in ("kernels", "pipeline/training"):
-        (tmp_path / folder).mkdir(parents=True)
-    monkeypatch.setattr(processes, "ROOT", tmp_path)
-    codes = {environment()["code"], here["code"]}
-    for content in ("a = 1", "a = 2"):
-        (tmp_path / "pipeline/training/loop.py").write_text(content)
-        codes.add(environment()["code"])
-    (tmp_path / "pipeline/training/loop.py").rename(tmp_path / "kernels/loop.py")
-    codes.add(environment()["code"])
-    assert len(codes) == 5
-    assert all(re.fullmatch("[0-9a-f]{16}", code) for code in codes)
 
 
 def test_a_rank_that_does_not_come_is_a_sentence(monkeypatch):
