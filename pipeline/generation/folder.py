@@ -185,7 +185,7 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
         for name in sorted(before[part].keys() | now[part].keys()):
             there, here = before[part].get(name), now[part].get(name)
             if there != here:
-                return f"its {name} is {there} there and {here} here"
+                return f"its {name} is {json.dumps(there)} there and {json.dumps(here)} here"
     return ""
 
 

@@ -233,8 +233,8 @@ def test_a_stopped_request_goes_on_with_what_is_missing(trained, tmp_path, monke
     [
         (["--seed", "9"], "its seed is 0 there and 9 here"),
         (["--caption", "a red circle"], "its captions is"),
-        (["--top_k", "3"], "its top_k is None there and 3 here"),
-        (["--mark"], "its mark is False there and True here"),
+        (["--top_k", "3"], "its top_k is null there and 3 here"),
+        (["--mark"], "its mark is false there and true here"),
         (["--width", "5"], "its width is 4 there and 5 here"),
     ],
     ids=str,
