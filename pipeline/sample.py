@@ -13,39 +13,30 @@ image in any other command. Stopped and started again, the command goes on with 
 import argparse
 import os
 import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from pipeline.config import fingerprint, require
 from pipeline.console import Bar, a_path, command, is_first_rank, logger
-from pipeline.data.pictures import save_png, tile, to_uint8
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.generation.artist import Artist, Scores, encode, load_models
 from pipeline.generation.draw import Settings
 from pipeline.generation.folder import Folder, read_request
 from pipeline.generation.mark import SMALLEST
-from pipeline.generation.prompt import ImagePrompt, read_prompt
-from pipeline.generation.provenance import software
-from pipeline.generation.request import Order, orders_of, read_captions
+from pipeline.generation.prompt import read_prompt
+from pipeline.generation.request import orders_of, read_captions
 from pipeline.generation.rerank import ClipScorer, LikelihoodScorer
 from pipeline.generation.sampling import (
     MAX_WIDTH,
     WIDTH,
-    Sampler,
     fitting_width,
-    pictures,
     prepare,
     waves,
 )
-from pipeline.generation.terminal import strip
 from pipeline.generation.verification import verify_main
-from pipeline.machine import device_name, free_bytes
-from pipeline.models.dalle import Dalle, load_dalle
-from pipeline.models.dvae import DiscreteVAE, load_dvae
+from pipeline.machine import free_bytes
+from pipeline.models.dalle import Dalle
 from pipeline.training import processes
 
 MOST_IMAGES = 1_000_000  # of a request, all of whose orders are held in memory
@@ -54,124 +45,6 @@ LONGEST_CAPTION = 200_000  # bytes, twice in a PNG's text
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 log = logger("sample")
-
-
-@dataclass(frozen=True)
-class Models:
-    """What turns a caption into a picture, checked to belong together."""
-
-    dalle: Dalle
-    dvae: DiscreteVAE
-    tokenizer: Tokenizer
-    fingerprints: dict[str, str]
-    knows_empty_captions: bool
-
-
-def load_models(model: Path, dvae: Path, device: torch.device) -> Models:
-    """Open a trained model with the tokenizer beside it and the dVAE that made its tokens.
-
-    Raises:
-        InputError: a folder is missing or broken, or it was not this model's.
-    """
-    dalle, made_of, dalle_print = load_dalle(model, device)
-    tokenizer = Tokenizer(model / "tokenizer")
-    frozen, dvae_print = load_dvae(dvae, device)
-    require(
-        made_of.get("dvae") == dvae_print,
-        f"{model} was trained on tokens of dVAE {made_of.get('dvae')}, and {dvae} is {dvae_print}: "
-        "name the dVAE that made the tokens, or train on tokens of this one",
-    )
-    require(
-        made_of.get("tokenizer") == tokenizer.fingerprint,
-        f"{model} was trained with tokenizer {made_of.get('tokenizer')}, and {tokenizer.folder} is "
-        f"{tokenizer.fingerprint}: put the tokenizer of the training there",
-    )
-    fingerprints = {"model": dalle_print, "dvae": dvae_print, "tokenizer": tokenizer.fingerprint}
-    knows = made_of.get("caption_dropout", 0) > 0
-    return Models(dalle, frozen, tokenizer, fingerprints, knows)
-
-
-def encode(models: Models, captions: list[str]) -> torch.Tensor:
-    """Text tokens int64 [captions, n_text]; what does not fit is cut, and said."""
-    n_text, rows = models.dalle.config.n_text, []
-    for i, caption in enumerate(captions):
-        tokens = models.tokenizer.encode(caption)
-        require(len(tokens) > 0, f"caption {caption!r} has nothing to read in it; say what to draw")
-        padded, was_cut = models.tokenizer.pad(tokens, n_text)
-        if was_cut:
-            log.warning(
-                "caption %d has %d tokens and the model reads %d: its end is cut off",
-                i, len(tokens), n_text - 1,
-            )  # fmt: skip
-        rows.append(torch.from_numpy(padded).long())
-    return torch.stack(rows)
-
-
-class Scores:
-    """The score that pictures are ranked by, as facts about each of them; none where none is."""
-
-    def __init__(self, clip: ClipScorer | None, likelihood: LikelihoodScorer | None) -> None:
-        self.clip, self.likelihood = clip, likelihood
-
-    def of(
-        self, captions: list[str], text: torch.Tensor, codes: torch.Tensor, images: np.ndarray
-    ) -> list[dict[str, float]]:
-        """A dictionary a picture."""
-        if self.clip is not None:
-            values = self.clip.score(captions, images)
-            return [{"clip_score": round(float(value), 6)} for value in values]
-        if self.likelihood is not None:
-            values = self.likelihood.score(text, codes)
-            return [{"likelihood_score": round(float(value), 6)} for value in values]
-        return [{}] * len(captions)
-
-
-class Artist:
-    """Draws the pictures of a request, a batch at a time, into a folder."""
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        models: Models,
-        text: torch.Tensor,
-        prompt: ImagePrompt | None,
-        scores: Scores,
-        settings: Settings,
-    ) -> None:
-        self.args, self.models, self.text, self.prompt = args, models, text, prompt
-        self.scores, self.settings = scores, settings
-        self.sampler = Sampler(models.dalle, settings, args.width, jacobi=args.jacobi)
-        # what every picture says of itself
-        self.facts: dict[str, Any] = {
-            **asdict(settings), "width": args.width, "jacobi": args.jacobi, "dtype": args.dtype,
-            **models.fingerprints,
-            **(prompt.facts if prompt else {}),
-            **({"clip": scores.clip.fingerprint} if scores.clip else {}),
-            "device": device_name(models.dalle.image_head.weight.device.type),
-            "version": software()["daikon"], "torch": torch.__version__,
-        }  # fmt: skip
-
-    def draw(self, folder: Folder, batch: list[Order], bar: Bar) -> None:
-        """One batch; its pictures are there when this returns."""
-        seeds = [order.seed for order in batch]
-        text = self.text[[order.caption_index for order in batch]]
-        given = self.prompt.codes_1G.expand(len(batch), -1) if self.prompt else None
-        shows = self._show if self.args.stream and is_first_rank() else None
-        codes = self.sampler.draw(text, seeds, given, on_row=shows, advance=bar.advance)
-        images = to_uint8(pictures(self.models.dvae, codes, seeds, self.args.width))
-        scores = self.scores.of([order.caption for order in batch], text, codes, images)
-        for order, image, score in zip(batch, images, scores, strict=True):
-            folder.write(order, image, score, signature=self.args.signature, mark=self.args.mark)
-
-    def _show(self, images: list[int], n_rows: int, codes_BYX: torch.Tensor) -> None:
-        """The pictures so far in ``partial.png``; on a terminal the new row of the first one."""
-        rows = list(range(len(images)))
-        so_far = to_uint8(pictures(self.models.dvae, codes_BYX.flatten(1), rows, len(rows)))
-        save_png(self.args.out / "partial.png", tile(so_far, round(len(images) ** 0.5)))
-        if sys.stdout.isatty():
-            side = so_far.shape[1] // n_rows
-            sys.stdout.write(strip(so_far[0, -side:]) + "\n")
-            sys.stdout.flush()
 
 
 def request_of(

@@ -16,11 +16,12 @@ ALLOWED = {
 }
 # inside pipeline, from the ground up; entry points stand on all of them
 FLOORS = [
-    "console files machine plugin",
+    "console environment files machine plugin",
     "config",
     "presets slices weights",
     "data models",
-    "training generation evaluation",
+    "generation evaluation",
+    "training",
 ]
 
 

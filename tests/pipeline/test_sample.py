@@ -14,6 +14,7 @@ from data_prep.train_tokenizer import NORMALIZER, train
 from pipeline import sample
 from pipeline.console import InputError
 from pipeline.data.tokenizer import save_tokenizer
+from pipeline.generation import artist
 from pipeline.generation.provenance import read_facts
 from pipeline.models.dalle import load_dalle, save_dalle
 from pipeline.models.dvae import load_dvae, save_dvae
@@ -274,7 +275,7 @@ def test_what_is_in_the_folder_is_what_was_asked_for(trained, tmp_path):
 
 
 def test_a_picture_is_gone_on_with_below_its_top_rows(trained, tmp_path, monkeypatch):
-    draw, made = sample.Sampler.draw, []
+    draw, made = artist.Sampler.draw, []
 
     def keep(self, *given, **options):
         made.append(draw(self, *given, **options))
@@ -283,7 +284,7 @@ def test_a_picture_is_gone_on_with_below_its_top_rows(trained, tmp_path, monkeyp
     first, second = tmp_path / "first", tmp_path / "second"
     sample.main(flags(trained, first, "--caption", "two green cats", "--width", 2))
     image = first / "00000-000.png"
-    monkeypatch.setattr(sample.Sampler, "draw", keep)
+    monkeypatch.setattr(artist.Sampler, "draw", keep)
     sample.main(
         flags(trained, second, "--caption", "two green cats", "--count", 4, "--width", 2,
               "--image", image, "--keep-rows", 2)
@@ -353,13 +354,13 @@ def test_jacobi_decoding_draws_the_same_pictures(trained, tmp_path):
 
 def test_rows_are_shown_as_they_come(trained, tmp_path, monkeypatch):
     sheets = []
-    save = sample.save_png
+    save = artist.save_png
 
     def keep(path, image):
         save(path, image)
         sheets.append(np.asarray(Image.open(path)))
 
-    monkeypatch.setattr(sample, "save_png", keep)
+    monkeypatch.setattr(artist, "save_png", keep)
     sample.main(
         flags(trained, tmp_path, "--caption", "two green cats", "--count", 3, "--width", 4,
               "--stream")
