@@ -18,7 +18,7 @@
 set -u
 cd "${SLURM_SUBMIT_DIR:?this is for sbatch}" || exit
 PATH=$PWD/.venv/bin:$PATH
-readonly SAVED=75 # pipeline.training.watch.LEFT: start it again and it goes on
+readonly SAVED=75 # pipeline.training.watching.watch.LEFT: start it again and it goes on
 
 hosts=$PWD/hosts.$SLURM_JOB_ID
 names=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || exit

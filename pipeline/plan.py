@@ -13,8 +13,9 @@ from typing import Any
 from pipeline import presets
 from pipeline.config import DalleRun
 from pipeline.console import command
-from pipeline.training import checkpoint, ds_config
-from pipeline.training.forecast import (
+from pipeline.training import checkpoint
+from pipeline.training.engines import ds_config
+from pipeline.training.planning.forecast import (
     FABRIC_GBPS,
     MFU,
     NODE_GBPS,
@@ -24,7 +25,7 @@ from pipeline.training.forecast import (
     Plan,
     make_plan,
 )
-from pipeline.training.memory import ATTENTION, GIB, MOMENTS
+from pipeline.training.planning.memory import ATTENTION, GIB, MOMENTS
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pipeline.data.sets import Data
 from pipeline.models.clip import Clip
 from pipeline.training import loop, wishes
 from pipeline.training.contrastive import contrastive_share
-from pipeline.training.engine import Engine
+from pipeline.training.engines.engine import Engine
 from pipeline.training.launch import launch, parser_of
 from pipeline.training.schedules import LearningRate
 

@@ -22,11 +22,12 @@ from pipeline.data.shards import ShardReader
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.models.dalle import NO_TOKEN, Dalle, nll_sums, z_sums
 from pipeline.models.dvae import load_dvae
-from pipeline.training import ds_config, loop, wishes
-from pipeline.training.engine import Engine
+from pipeline.training import loop, wishes
+from pipeline.training.engines import ds_config
+from pipeline.training.engines.engine import Engine
 from pipeline.training.launch import launch, parser_of
-from pipeline.training.samples import MOST, Sheet
 from pipeline.training.schedules import LearningRate
+from pipeline.training.watching.samples import MOST, Sheet
 
 log = logger("dalle")
 

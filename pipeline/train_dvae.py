@@ -23,7 +23,7 @@ from pipeline.data.pictures import save_comparison, to_uint8
 from pipeline.data.sets import Data
 from pipeline.models.dvae import DiscreteVAE, load_dvae
 from pipeline.training import loop, wishes
-from pipeline.training.engine import Engine
+from pipeline.training.engines.engine import Engine
 from pipeline.training.launch import launch, parser_of
 from pipeline.training.schedules import at
 

@@ -112,8 +112,8 @@ def dalle_other_seed() -> DalleRun:
 
 def dalle_full() -> DalleRun:
     """``dalle`` with all of the recipe: gradient scales, a bounded variance, QK-norm, z-loss."""
-    from pipeline.training.engine import Engine
-    from pipeline.training.gradient_scales import GradientScales
+    from pipeline.training.engines.engine import Engine
+    from pipeline.training.engines.gradient_scales import GradientScales
 
     def take(self, module):
         # else float16 has them alone, whose sums depend on how a batch is cut
@@ -136,7 +136,7 @@ def dalle_full() -> DalleRun:
 def dalle_full_overflowing() -> DalleRun:
     """``dalle_full``; in the last update one block of the last rank overflows."""
     from pipeline.models import dalle as models
-    from pipeline.training.gradient_scales import GradientScales
+    from pipeline.training.engines.gradient_scales import GradientScales
 
     run = dalle_full()
     init, forward, unscale = models.Dalle.__init__, models.MLP.forward, GradientScales.unscale
@@ -164,7 +164,7 @@ def dalle_full_overflowing() -> DalleRun:
 
 def dalle_asked_to_leave() -> DalleRun:
     """``dalle``, whose last rank alone gets SIGUSR1 after update 7."""
-    from pipeline.training.telemetry import Telemetry
+    from pipeline.training.watching.telemetry import Telemetry
 
     write = Telemetry.update
 
@@ -183,7 +183,7 @@ def dalle_ladder() -> DalleRun:
     Files in $SEEN: a line an update and sample.
     """
     from pipeline.training.loop import _Session
-    from pipeline.training.telemetry import Telemetry
+    from pipeline.training.watching.telemetry import Telemetry
 
     write, train = Telemetry.update, _Session._pass
     noted = Path(os.environ["SEEN"]) / f"{os.getpid()}.txt"
@@ -204,7 +204,7 @@ def dalle_ladder() -> DalleRun:
 
 def dalle_drifting() -> DalleRun:
     """``dalle``, in whose eighth update the ranks of the second node go astray by a bit."""
-    from pipeline.training.zero import ZeroEngine
+    from pipeline.training.engines.zero import ZeroEngine
 
     made = ZeroEngine.update
 
@@ -262,7 +262,7 @@ def dalle_soak() -> DalleRun:
 
 def dalle_slow() -> DalleRun:
     """``dalle``, which takes ten seconds longer."""
-    from pipeline.training.telemetry import Telemetry
+    from pipeline.training.watching.telemetry import Telemetry
 
     write = Telemetry.update
 
@@ -302,7 +302,7 @@ def dvae_between_saves_killed() -> DvaeRun:
 
 
 def _kill_between_saves() -> None:
-    from pipeline.training.telemetry import Telemetry
+    from pipeline.training.watching.telemetry import Telemetry
 
     write = Telemetry.update
 
@@ -458,7 +458,7 @@ def free_port() -> int:
 def train(stage, out: Path, micro_batch: int | None = None):
     """Train ``stage`` in this process with plain PyTorch; returns the engine."""
     from pipeline.training import loop
-    from pipeline.training.engine import PlainEngine
+    from pipeline.training.engines.engine import PlainEngine
 
     engine = PlainEngine(stage.build, stage.run)
     if micro_batch is not None:

@@ -36,7 +36,7 @@ from pipeline.slices import (
     updates_of,
     write_meta,
 )
-from pipeline.training.engine import Engine
+from pipeline.training.engines.engine import Engine
 
 RESUME = ("auto", "must", "never")
 KEEP = 2  # the newest; one more than needed, should a disk lose one

@@ -6,8 +6,8 @@ from typing import Any
 from pipeline.console import a_path
 from pipeline.data.sets import BLOCK_HELP, MIX_HELP
 from pipeline.training import loop, processes, wishes
+from pipeline.training.engines.zero import make_engine
 from pipeline.training.wishes import Wishes
-from pipeline.training.zero import make_engine
 
 
 def parser_of(module: str, text: str | None, *, presets: str, data: str) -> argparse.ArgumentParser:

@@ -19,13 +19,13 @@ from pipeline.data.loader import prefetch
 from pipeline.files import write_json
 from pipeline.training import checkpoint, processes
 from pipeline.training.checkpoint import Keeping
-from pipeline.training.engine import Engine
+from pipeline.training.engines.engine import Engine
 from pipeline.training.guard import BACK, GO, Guard, looking_for_bad_numbers
-from pipeline.training.pace import Pace, peak_gib
-from pipeline.training.profile import Profile
-from pipeline.training.telemetry import Telemetry
-from pipeline.training.wandb_board import WandbBoard
-from pipeline.training.watch import LEFT, Watch
+from pipeline.training.watching.pace import Pace, peak_gib
+from pipeline.training.watching.profile import Profile
+from pipeline.training.watching.telemetry import Telemetry
+from pipeline.training.watching.wandb_board import WandbBoard
+from pipeline.training.watching.watch import LEFT, Watch
 from pipeline.training.wishes import Wishes
 from pipeline.weights import export
 

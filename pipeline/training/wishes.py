@@ -4,8 +4,8 @@ import argparse
 from dataclasses import dataclass, field
 
 from pipeline.console import InputError
-from pipeline.training import profile, wandb_board
 from pipeline.training.checkpoint import Keeping
+from pipeline.training.watching import profile, wandb_board
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import time
 import pytest
 
 from pipeline import presets
-from pipeline.training import ds_config
-from pipeline.training.memory import estimate
+from pipeline.training.engines import ds_config
+from pipeline.training.planning.memory import estimate
 from tests.tiny import ROOT, start
 
 pytestmark = pytest.mark.slow
@@ -33,8 +33,8 @@ def a_rank_of(world: int, file: str) -> dict:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from pipeline.models.dalle import Dalle
-    from pipeline.training.engine import STATE_KEYS
-    from pipeline.training.zero import ZeroEngine
+    from pipeline.training.engines.engine import STATE_KEYS
+    from pipeline.training.engines.zero import ZeroEngine
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     # a CPU has no float16 matrices, which nothing here multiplies

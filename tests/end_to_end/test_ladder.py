@@ -6,7 +6,7 @@ import pytest
 
 from pipeline import slices
 from pipeline.data.shards import ShardReader
-from pipeline.training.watch import LEFT
+from pipeline.training.watching.watch import LEFT
 from tests.end_to_end.soak import config_of
 from tests.tiny import arguments, curve, launched, losses, plain
 

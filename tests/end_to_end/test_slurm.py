@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import slices
-from pipeline.training.watch import LEFT
+from pipeline.training.watching.watch import LEFT
 from tests import tiny as runs
 from tests.end_to_end.launches import Launch, has_made, launch, nothing_left, until
 from tests.end_to_end.test_training import CPU_CONFIG, assert_same_bits

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from pipeline import slices
-from pipeline.training.watch import LEFT
+from pipeline.training.watching.watch import LEFT
 from tests import tiny as runs
 from tests.end_to_end.launches import LAUNCHER, has_made, launch, processes, until
 from tests.end_to_end.test_training import CPU_CONFIG, assert_same_bits

@@ -12,7 +12,7 @@ from pipeline.data.clip_tokens import open_tokens
 from pipeline.data.images import augment_clip, centre_crop
 from pipeline.models.clip import Clip, load_clip
 from pipeline.train_clip import ClipStage
-from pipeline.training.engine import PlainEngine
+from pipeline.training.engines.engine import PlainEngine
 from pipeline.training.optimizer import parameter_groups
 from pipeline.weights import load_weights
 from tests import tiny as runs

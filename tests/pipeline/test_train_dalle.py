@@ -14,7 +14,7 @@ from pipeline.data.tokenizer import Tokenizer
 from pipeline.models.dalle import NO_TOKEN, load_dalle
 from pipeline.models.dvae import load_dvae
 from pipeline.train_dalle import DalleStage
-from pipeline.training.engine import PlainEngine
+from pipeline.training.engines.engine import PlainEngine
 from tests import tiny as runs
 from tests.tiny import arguments, losses, plain, train, whole
 

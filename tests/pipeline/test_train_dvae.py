@@ -20,7 +20,7 @@ from pipeline.data.pictures import GAP, to_uint8
 from pipeline.data.shards import ShardReader
 from pipeline.models.dvae import Conv2d, load_dvae
 from pipeline.train_dvae import DvaeStage
-from pipeline.training.engine import PlainEngine
+from pipeline.training.engines.engine import PlainEngine
 from tests import tiny as runs
 from tests.tiny import arguments, curve, losses, train, whole
 

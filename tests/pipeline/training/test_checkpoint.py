@@ -13,7 +13,7 @@ from pipeline import slices
 from pipeline.console import InputError, OwnError
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Keeping
-from pipeline.training.engine import STATE_KEYS, Slice
+from pipeline.training.engines.engine import STATE_KEYS, Slice
 
 IDENTITY = {"preset": {"lr": {"start": 0.1}}, "tokens": "abc"}
 STATE = {"engine": {}, "stage": {"losses": [1.5, 0.1]}}

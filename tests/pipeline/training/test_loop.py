@@ -17,10 +17,11 @@ from pipeline.console import InputError, OwnError
 from pipeline.data.loader import TokenLoader
 from pipeline.models.dalle import MLP
 from pipeline.train_dalle import DalleStage
-from pipeline.training import checkpoint, loop, watch
+from pipeline.training import checkpoint, loop
 from pipeline.training.checkpoint import Keeping
-from pipeline.training.engine import PlainEngine
-from pipeline.training.telemetry import Telemetry
+from pipeline.training.engines.engine import PlainEngine
+from pipeline.training.watching import watch
+from pipeline.training.watching.telemetry import Telemetry
 from pipeline.training.wishes import Wishes
 from tests import tiny as runs
 from tests.tiny import arguments, curve, losses, plain, train, whole

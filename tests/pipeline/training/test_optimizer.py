@@ -9,7 +9,7 @@ from pipeline.config import Optimizer
 from pipeline.models.dalle import Dalle
 from pipeline.models.dvae import DiscreteVAE
 from pipeline.training.checkpoint import Keeping, Save, resume
-from pipeline.training.engine import PlainEngine
+from pipeline.training.engines.engine import PlainEngine
 from pipeline.training.optimizer import AdamW, parameter_groups
 from tests import tiny
 from tests.tiny import whole

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from pipeline.training import watch as watches
-from pipeline.training.watch import HUNG, Watch
+from pipeline.training.watching import watch as watches
+from pipeline.training.watching.watch import HUNG, Watch
 from tests.tiny import ROOT
 
 
@@ -35,7 +35,7 @@ def hung(tmp_path, work, patience, last_word=30.0):
     code = f"""
 import re, time
 from pathlib import Path
-from pipeline.training import watch
+from pipeline.training.watching import watch
 watch.POLL_S, watch.LAST_WORD_S = 0.1, {last_word}
 with watch.Watch(Path({str(tmp_path)!r}), 2, {patience}):
     def the_update_that_hangs():
@@ -70,7 +70,7 @@ def test_a_rank_ends_when_its_launcher_is_gone(tmp_path):
     rank = f"""
 import time
 from pathlib import Path
-from pipeline.training import watch
+from pipeline.training.watching import watch
 watch.POLL_S = 0.1
 with watch.Watch(Path({str(tmp_path)!r}), 1, 0):
     Path({str(tmp_path / "ready")!r}).touch()

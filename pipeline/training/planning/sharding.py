@@ -8,9 +8,9 @@ import torch
 
 from pipeline.config import DalleConfig, DalleRun
 from pipeline.models.dalle import Dalle
-from pipeline.training import ds_config
+from pipeline.training.engines import ds_config
+from pipeline.training.engines.powersgd import compressible
 from pipeline.training.optimizer import parameter_groups
-from pipeline.training.powersgd import compressible
 
 
 @dataclass(frozen=True)

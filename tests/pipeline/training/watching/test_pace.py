@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from pipeline.training import pace as paces
-from pipeline.training import peaks
-from pipeline.training.forecast import model_flops
-from pipeline.training.pace import Pace, said
+from pipeline.training.planning import peaks
+from pipeline.training.planning.forecast import model_flops
+from pipeline.training.watching import pace as paces
+from pipeline.training.watching.pace import Pace, said
 from tests import tiny
 
 CPU = torch.device("cpu")

@@ -12,9 +12,10 @@ import pytest
 from pipeline.console import InputError
 from pipeline.data.pictures import save_png
 from pipeline.train_dalle import DalleStage
-from pipeline.training import loop, wandb_board, wishes
-from pipeline.training.engine import PlainEngine
-from pipeline.training.wandb_board import WandbBoard
+from pipeline.training import loop, wishes
+from pipeline.training.engines.engine import PlainEngine
+from pipeline.training.watching import wandb_board
+from pipeline.training.watching.wandb_board import WandbBoard
 from pipeline.training.wishes import Wishes
 from tests import tiny as runs
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.console import InputError, logger
-from pipeline.training.powersgd import PowerSGD
+from pipeline.training.engines.powersgd import PowerSGD
 
 MESSAGE = 1 << 25  # float32 numbers that are sent together at most
 

@@ -10,8 +10,9 @@ from typing import Any
 from pipeline.config import DalleRun
 from pipeline.console import InputError
 from pipeline.models.dalle import layer_patterns
-from pipeline.training import checkpoint, ds_config
-from pipeline.training.memory import (
+from pipeline.training import checkpoint
+from pipeline.training.engines import ds_config
+from pipeline.training.planning.memory import (
     BYTES,
     GIB,
     Estimate,
@@ -19,7 +20,7 @@ from pipeline.training.memory import (
     largest_micro_batch,
     micro_batches,
 )
-from pipeline.training.peaks import H100_SXM
+from pipeline.training.planning.peaks import H100_SXM
 
 # assumptions, until they are measured on the machine at hand
 TFLOPS = 400.0  # that a GPU sustains in matrix products: an H100 or H200 here, dense bfloat16

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.training.powersgd import PowerSGD, pays
+from pipeline.training.engines.powersgd import PowerSGD, pays
 
 NODES = 3
 

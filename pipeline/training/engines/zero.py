@@ -18,11 +18,13 @@ from pipeline import config
 from pipeline.console import InputError, logger
 from pipeline.models.dalle import Dalle
 from pipeline.slices import Slices
-from pipeline.training import ds_config, memory, processes
-from pipeline.training.engine import STATE_KEYS, Engine, PlainEngine, Slice, by_block
-from pipeline.training.nodes import Exchange, Nodes
+from pipeline.training import processes
+from pipeline.training.engines import ds_config
+from pipeline.training.engines.engine import STATE_KEYS, Engine, PlainEngine, Slice, by_block
+from pipeline.training.engines.nodes import Exchange, Nodes
+from pipeline.training.engines.powersgd import PowerSGD, compressible
 from pipeline.training.optimizer import AdamW, parameter_groups
-from pipeline.training.powersgd import PowerSGD, compressible
+from pipeline.training.planning import memory
 
 log = logger("train")
 

@@ -13,8 +13,9 @@ from pipeline.models.dalle import load_dalle
 from pipeline.models.dvae import load_dvae
 from pipeline.train_dalle import DalleStage
 from pipeline.train_dalle import main as train_dalle
-from pipeline.training import loop, samples
-from pipeline.training.engine import PlainEngine
+from pipeline.training import loop
+from pipeline.training.engines.engine import PlainEngine
+from pipeline.training.watching import samples
 from tests import tiny as runs
 from tests.tiny import ROOT, arguments, curve, launched, start, whole
 

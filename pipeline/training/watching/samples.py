@@ -14,7 +14,7 @@ from pipeline.generation.sampling import generate, pictures
 from pipeline.machine import free_bytes
 from pipeline.models.dalle import Dalle
 from pipeline.models.dvae import DiscreteVAE
-from pipeline.training.engine import Engine
+from pipeline.training.engines.engine import Engine
 
 MOST = 64  # pictures of a sheet
 # the copy in float32, and half as much again for caches and what the steps hold

@@ -10,9 +10,10 @@ import torch
 
 from pipeline.console import InputError
 from pipeline.train_dalle import DalleStage
-from pipeline.training import loop, profile, watch, wishes
-from pipeline.training.engine import PlainEngine
-from pipeline.training.profile import joined, length, take_apart, within, without
+from pipeline.training import loop, wishes
+from pipeline.training.engines.engine import PlainEngine
+from pipeline.training.watching import profile, watch
+from pipeline.training.watching.profile import joined, length, take_apart, within, without
 from pipeline.training.wishes import Wishes
 from tests import tiny as runs
 from tests.tiny import ROOT, arguments, curve, launched

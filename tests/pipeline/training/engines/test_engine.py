@@ -9,8 +9,8 @@ from torch import nn
 
 from pipeline.console import InputError
 from pipeline.training import processes
-from pipeline.training.engine import PlainEngine
-from pipeline.training.zero import chunk, make_engine
+from pipeline.training.engines.engine import PlainEngine
+from pipeline.training.engines.zero import chunk, make_engine
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")

@@ -10,8 +10,8 @@ from PIL import Image
 
 from pipeline.console import Bar, logger
 from pipeline.files import write_bytes
-from pipeline.training.pace import Pace, said
-from pipeline.training.wandb_board import WandbBoard
+from pipeline.training.watching.pace import Pace, said
+from pipeline.training.watching.wandb_board import WandbBoard
 
 # where validations put their pictures
 PICTURES = ("reconstructions", "samples")

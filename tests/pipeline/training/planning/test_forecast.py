@@ -1,4 +1,4 @@
-"""Run as ``python -m tests.pipeline.training.test_forecast FILE`` this is rank 0 of 16.
+"""Run as ``python -m tests.pipeline.training.planning.test_forecast FILE`` this is rank 0 of 16.
 
 Its peers are a process group that does nothing; it tells what it would have sent them.
 """
@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from pipeline import presets
 from pipeline.config import DalleConfig
 from pipeline.console import InputError
-from pipeline.training import ds_config
-from pipeline.training.forecast import Machine, make_plan
-from pipeline.training.memory import GIB
+from pipeline.training.engines import ds_config
+from pipeline.training.planning.forecast import Machine, make_plan
+from pipeline.training.planning.memory import GIB
 from tests import tiny as runs
 from tests.tiny import ROOT, arguments, launched, start
 
@@ -67,8 +67,8 @@ def traffic_of_rank_0(name: str) -> dict:
     from deepspeed.comm.torch import TorchBackend
 
     from pipeline.models.dalle import Dalle
-    from pipeline.training.nodes import Exchange
-    from pipeline.training.zero import ZeroEngine
+    from pipeline.training.engines.nodes import Exchange
+    from pipeline.training.engines.zero import ZeroEngine
 
     run = small()
     engine = ZeroEngine(lambda: Dalle(run.model), run, small_file(name))
@@ -131,7 +131,7 @@ def traffic_of_rank_0(name: str) -> dict:
 
 def made_and_planned(name):
     """What rank 0 did, the plan, and its memory."""
-    done = start([sys.executable, "-m", "tests.pipeline.training.test_forecast", name])
+    done = start([sys.executable, "-m", "tests.pipeline.training.planning.test_forecast", name])
     assert done.returncode == 0, done.stderr[-2000:]
     plan = make_plan(small(), small_file(name), Machine(WORLD))
     return json.loads(done.stdout.splitlines()[-1]), plan, plan.memory

@@ -8,9 +8,9 @@ from pipeline import presets
 from pipeline.config import DalleConfig
 from pipeline.console import InputError
 from pipeline.models.dalle import Dalle, nll_sums
-from pipeline.training import ds_config
-from pipeline.training.activations import heads_bytes, kept_bytes
-from pipeline.training.memory import (
+from pipeline.training.engines import ds_config
+from pipeline.training.planning.activations import heads_bytes, kept_bytes
+from pipeline.training.planning.memory import (
     ACTIVE,
     GIB,
     MOMENTS,
@@ -21,7 +21,7 @@ from pipeline.training.memory import (
     micro_batches,
     preflight,
 )
-from pipeline.training.sharding import _largest_sub_group
+from pipeline.training.planning.sharding import _largest_sub_group
 from tests.tiny import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")

@@ -21,7 +21,7 @@ from pipeline import config
 from pipeline.console import InputError
 from pipeline.models.dalle import Dalle
 from pipeline.slices import Slices
-from pipeline.training.gradient_scales import GradientScales
+from pipeline.training.engines.gradient_scales import GradientScales
 from pipeline.training.optimizer import AdamW, parameter_groups
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "ema")  # of the optimizer, beside the float32 weights

@@ -16,9 +16,9 @@ from kernels.tiles import WIDTHS
 from pipeline.config import DalleRun
 from pipeline.console import InputError
 from pipeline.models.dalle import layer_patterns
-from pipeline.training import ds_config
-from pipeline.training.activations import FLOAT32, block_bytes, heads_bytes, kept_bytes
-from pipeline.training.sharding import Shards, count_shards, zero_section
+from pipeline.training.engines import ds_config
+from pipeline.training.planning.activations import FLOAT32, block_bytes, heads_bytes, kept_bytes
+from pipeline.training.planning.sharding import Shards, count_shards, zero_section
 
 Moment = Literal["loss", "mlp", "attention", "step"]
 MOMENTS: tuple[Moment, ...] = ("loss", "mlp", "attention", "step")

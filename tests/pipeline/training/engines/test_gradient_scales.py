@@ -9,9 +9,9 @@ from pipeline.config import DalleConfig, DalleRun, Optimizer, Ramp
 from pipeline.console import InputError
 from pipeline.models.dalle import Dalle, nll_sums
 from pipeline.models.scaling import Scale, enter, leave
-from pipeline.training import gradient_scales
-from pipeline.training.engine import PlainEngine
-from pipeline.training.gradient_scales import GradientScales
+from pipeline.training.engines import gradient_scales
+from pipeline.training.engines.engine import PlainEngine
+from pipeline.training.engines.gradient_scales import GradientScales
 from tests.pipeline.models.test_scaling import tokens
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from pipeline.config import DalleRun, Run
-from pipeline.training import peaks
-from pipeline.training.forecast import model_flops
+from pipeline.training.planning import peaks
+from pipeline.training.planning.forecast import model_flops
 
 
 class Pace:

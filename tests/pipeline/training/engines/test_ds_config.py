@@ -4,7 +4,7 @@ import pytest
 
 from pipeline import presets
 from pipeline.console import InputError
-from pipeline.training import ds_config
+from pipeline.training.engines import ds_config
 from tests.tiny import ROOT
 
 ZERO = {"stage": 3}

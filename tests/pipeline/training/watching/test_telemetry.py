@@ -6,8 +6,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.data.pictures import save_png
-from pipeline.training.pace import Pace
-from pipeline.training.telemetry import Telemetry
+from pipeline.training.watching.pace import Pace
+from pipeline.training.watching.telemetry import Telemetry
 from tests import tiny
 
 
