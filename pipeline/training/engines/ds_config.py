@@ -114,7 +114,7 @@ def resolve(
         "gradient_clipping": gradient_clipping,
     }
     if ds.get("fp16", {}).get("enabled", False):
-        # the residual blocks have scales of their own (training.gradient_scales)
+        # the residual blocks have scales of their own (gradient_scales.py)
         resolved["fp16"] = {"enabled": True, "loss_scale": 1.0}
     inside = {f"zero_optimization.{key}": value for key, value in zero.items()}
     if left := [key for key, value in (resolved | inside).items() if value == "auto"]:
