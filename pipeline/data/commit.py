@@ -164,16 +164,16 @@ class ShardFile:
 
     def _place(self, record: bytes) -> None:
         """Give the file its name, and write the record that vouches for it."""
-        sidecar = self.path.with_suffix(".json")
+        sidecar, before = self.path.with_suffix(".json"), None
         with contextlib.suppress(OSError):
-            # another job has written the same shard, and may be reading it
-            if sidecar.read_bytes() == record and self.path.is_file():
-                os.replace(self._temporary, self.path)
-                return
-        # a sidecar of an earlier try must not vouch for the new file
-        sidecar.unlink(missing_ok=True)
+            before = sidecar.read_bytes()
+        # one of an earlier try must not vouch for the new file; but where there was none, there may
+        # be one by now, of another job with the same shard, which has seen it and goes on
+        if before not in (None, record):
+            sidecar.unlink(missing_ok=True)
         os.replace(self._temporary, self.path)
-        write_bytes(sidecar, record)
+        if before != record:
+            write_bytes(sidecar, record)
 
     def abort(self) -> None:
         """Leave nothing behind."""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zlib
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -241,3 +242,31 @@ def test_a_full_disk_at_any_moment_names_the_shard(tmp_path, monkeypatch, moment
     assert caught.value.filename == str(tmp_path / name)
     # a shard without its sidecar counts as not done
     assert os.listdir(tmp_path) == (["shard-00007.arrow"] if moment == "sidecar" else [])
+
+
+def test_of_two_jobs_that_make_one_shard_neither_takes_it_from_the_other(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    first, second = (commit.ShardFile(tmp_path / "out", 0, "tokens", TOKENS) for _ in range(2))
+    for shard in (first, second):
+        for row in token_rows(3):
+            shard.add(row)
+    sidecar = tmp_path / "out" / "shard-00000.json"
+    read_bytes, unlink = Path.read_bytes, Path.unlink
+
+    def late(path):
+        """Nothing is there; and now the other job is done."""
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+        assert path == sidecar
+        try:
+            return read_bytes(path)
+        finally:
+            first.commit()
+
+    def kept(path, missing_ok=False):
+        assert path != sidecar
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "read_bytes", late)
+    monkeypatch.setattr(Path, "unlink", kept)
+    second.commit()
+    assert commit.is_committed(tmp_path / "out", 0, TOKENS, 3)
