@@ -7,10 +7,10 @@
 #
 # Started again it goes on where it stopped. `rm -r runs/demo` starts afresh.
 set -euo pipefail
+DATA=${1:+$(realpath -- "$1")}
 cd "$(dirname "$0")"
 export PATH="$PWD/.venv/bin:$PATH"
 
-DATA=${1:-}
 OUT=runs/demo DVAE=dvae_demo DALLE=dalle_demo TAKE=
 if [ -n "$DATA" ]; then
     OUT=runs/own DVAE=dvae_own DALLE=dalle_own
@@ -19,8 +19,11 @@ if [ -n "$DATA" ]; then
 fi
 mkdir -p "$OUT"
 
-# one rank a GPU, or two ranks that share the cores; bfloat16 where the hardware multiplies it
-RANKS=$(python -c 'import torch; print(torch.cuda.device_count())')
+# one rank a GPU (1, 2, 4, 8 or 16, which share the batch of 16), or two ranks that share the cores;
+# bfloat16 where the hardware multiplies it
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+RANKS=$((GPUS > 0 ? 1 : 0))
+while [ $((RANKS * 2)) -le "$GPUS" ] && [ "$RANKS" != 0 ] && [ "$RANKS" -lt 16 ]; do RANKS=$((RANKS * 2)); done
 CONFIG=ds_configs/zero3_bf16.json
 if [ "$RANKS" = 0 ]; then
     RANKS=2

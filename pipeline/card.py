@@ -4,8 +4,8 @@ python -m pipeline.card --dalle DIR --dvae DIR --tokens DIR --pairs DIR --report
 
 Headings follow Mitchell et al. 2019, "Model Cards for Model Reporting" (arXiv 1810.03993). Every
 number stands in a record: model.json, checkpoints, metrics.jsonl, manifests, rejects.json,
-report.json. Where a record is missing, the card says so; folders that do not belong together are
-refused.
+report.json. Where a record is missing, the card says so; models and sets that do not
+belong together are refused (a ranker may be anybody's).
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -16,5 +16,12 @@ def environment() -> dict[str, str]:
     for folder in ("kernels", "pipeline"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             code.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
-    versions = {name: version(name) for name in LIBRARIES}
+    versions = {name: _version(name) for name in LIBRARIES}
     return {"code": code.hexdigest()[:16], "python": platform.python_version(), **versions}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # DeepSpeed, where one process trains and samples
+        return "not installed"

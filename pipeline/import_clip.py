@@ -36,15 +36,18 @@ def main() -> None:
         help="as the weights were trained: OpenAI's with it, LAION's without (no shape tells)",
     )  # fmt: skip
     parser.add_argument(
-        "--vision-head-width", type=int, default=64, metavar="N",
-        help="64; of open_clip's ViT-H 80, ViT-g 88, ViT-bigG 104",
+        "--vision-head-width", type=int, metavar="N",
+        help="without: 80, 88 and 104 for towers as wide as open_clip's ViT-H, g and bigG, else 64",
     )  # fmt: skip
     parser.add_argument("--text-head-width", type=int, default=64, metavar="N", help="64")
     parser.add_argument("--out", required=True, type=a_path)
     args = parser.parse_args()
     for name in ("vision_head_width", "text_head_width"):
         width = getattr(args, name)
-        require(width >= 1, f"--{name.replace('_', '-')} is {width}; take 64, or the model's own")
+        require(
+            width is None or width >= 1,
+            f"--{name.replace('_', '-')} is {width}; take 64, or the model's own",
+        )
     if (args.out / "model.json").exists():
         raise InputError(f"{args.out} holds a model; name a new folder")
     clip = load_foreign(

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import fingerprint, require
-from pipeline.console import Bar, a_path, command, is_first_rank, logger
+from pipeline.console import Bar, InputError, a_path, command, is_first_rank, logger
+from pipeline.generation import mark, signature
 from pipeline.generation.artist import Artist, Scores, encode, load_models
 from pipeline.generation.draw import Settings
 from pipeline.generation.folder import Folder, read_request
-from pipeline.generation.mark import SMALLEST
 from pipeline.generation.prompt import read_prompt
 from pipeline.generation.request import orders_of, read_captions
 from pipeline.generation.rerank import ClipScorer, LikelihoodScorer
@@ -31,7 +31,6 @@ from pipeline.generation.sampling import (
     MAX_WIDTH,
     WIDTH,
     fitting_width,
-    prepare,
     waves,
 )
 from pipeline.generation.verification import verify_main
@@ -79,7 +78,7 @@ def choose_width(args: argparse.Namespace, model: Dalle, settings: Settings) -> 
 
 def sample(args: argparse.Namespace, captions: list[str], device: torch.device) -> None:
     """Draw what is missing of the request; this rank's share of it."""
-    models = load_models(args.model, args.dvae, device)
+    models = load_models(args.model, args.dvae, device, DTYPES[args.dtype])
     settings = Settings(args.temperature, args.top_k, args.top_p, args.guidance)
     settings.check(models.dalle.config)
     scorer = args.scorer or ("clip" if args.clip else "likelihood" if args.rerank else None)
@@ -94,9 +93,9 @@ def sample(args: argparse.Namespace, captions: list[str], device: torch.device) 
             "it from a preset with caption_dropout above 0",
         )
     side = models.dvae.config.image_size
-    for name in ("mark", "signature"):
+    for name, smallest in (("mark", mark.SMALLEST), ("signature", signature.SMALLEST)):
         require(
-            not getattr(args, name) or side >= SMALLEST,
+            not getattr(args, name) or side >= smallest,
             f"--{name}: pictures of {side} pixels have no room for it; leave it out",
         )
     prompt = None
@@ -105,7 +104,6 @@ def sample(args: argparse.Namespace, captions: list[str], device: torch.device) 
             args.image, models.dvae, keep_rows=args.keep_rows, mask=args.mask_image, fit=args.fit
         )
     text = encode(models, captions)
-    prepare(models.dalle, DTYPES[args.dtype])
     scores = Scores(
         ClipScorer(args.clip, device) if scorer == "clip" else None,
         LikelihoodScorer(models.dalle) if scorer == "likelihood" else None,
@@ -114,8 +112,10 @@ def sample(args: argparse.Namespace, captions: list[str], device: torch.device) 
     artist = Artist(args, models, text, prompt, scores, settings)
     orders = orders_of(captions, args.count, args.seed)
     folder = Folder(args.out, orders, artist.facts)
+    request = request_of(args, captions, artist, scorer)
+    processes.agree(request)  # each rank has read the models and the captions for itself
     if is_first_rank():
-        folder.begin(request_of(args, captions, artist, scorer))
+        folder.begin(request)
     _wait()
     left = folder.left()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -132,6 +132,11 @@ def sample(args: argparse.Namespace, captions: list[str], device: torch.device) 
         with Bar("image tokens", n_tokens) as bar:
             for batch in batches:
                 artist.draw(folder, batch, bar)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"{args.width} images side by side do not fit into the GPU's memory beside the model: "
+            "take a smaller --width and another --out"
+        ) from error
     except KeyboardInterrupt:
         log.info("what is finished stays in %s: the same command goes on", args.out)
         raise

@@ -19,7 +19,7 @@ from pipeline.generation.prompt import ImagePrompt
 from pipeline.generation.provenance import software
 from pipeline.generation.request import Order
 from pipeline.generation.rerank import ClipScorer, LikelihoodScorer
-from pipeline.generation.sampling import Sampler, pictures
+from pipeline.generation.sampling import Sampler, pictures, prepare
 from pipeline.generation.terminal import strip
 from pipeline.machine import device_name
 from pipeline.models.dalle import Dalle, load_dalle
@@ -39,13 +39,19 @@ class Models:
     knows_empty_captions: bool
 
 
-def load_models(model: Path, dvae: Path, device: torch.device) -> Models:
+def load_models(model: Path, dvae: Path, device: torch.device, dtype: torch.dtype) -> Models:
     """Open a trained model with the tokenizer beside it and the dVAE that made its tokens.
+
+    Args:
+        model: folder of the transformer.
+        dvae: folder of the dVAE.
+        device: where both go.
+        dtype: that the transformer computes in.
 
     Raises:
         InputError: a folder is missing or broken, or it was not this model's.
     """
-    dalle, made_of, dalle_print = load_dalle(model, device)
+    dalle, made_of, dalle_print = load_dalle(model)
     tokenizer = Tokenizer(model / "tokenizer")
     frozen, dvae_print = load_dvae(dvae, device)
     require(
@@ -58,6 +64,8 @@ def load_models(model: Path, dvae: Path, device: torch.device) -> Models:
         f"{model} was trained with tokenizer {made_of.get('tokenizer')}, and {tokenizer.folder} is "
         f"{tokenizer.fingerprint}: put the tokenizer of the training there",
     )
+    prepare(dalle, dtype)
+    dalle.to(device)  # not before: in float32 it could be too large for a GPU
     fingerprints = {"model": dalle_print, "dvae": dvae_print, "tokenizer": tokenizer.fingerprint}
     knows = made_of.get("caption_dropout", 0) > 0
     return Models(dalle, frozen, tokenizer, fingerprints, knows)

@@ -4,7 +4,7 @@
     provenance.json      the request, written first: another one cannot go into the same folder
     samples.jsonl        the facts of all pictures, or of the best, when all are there
     scores.jsonl         of all pictures, where they were scored
-    grid.png             those of samples.jsonl in one picture
+    grid.png             those of samples.jsonl in one picture, of the first captions
 
 Nothing is counted anywhere: what is finished is what has a file. So the result does not depend on
 who drew what when.
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.console import InputError
+from pipeline.console import InputError, logger
 from pipeline.data.pictures import tile
 from pipeline.files import write_bytes
 from pipeline.generation.provenance import (
@@ -31,7 +31,10 @@ from pipeline.generation.provenance import (
 )
 from pipeline.generation.request import Order
 
+MOST_IN_GRID = 1024
 SCORES = ("clip_score", "likelihood_score")  # facts that pictures can be ranked by
+
+log = logger("sample")
 
 
 class Folder:
@@ -138,12 +141,16 @@ class Folder:
         self._write_grid(rows)
 
     def _write_grid(self, rows: list[dict[str, Any]]) -> None:
+        each = len(rows) // (1 + rows[-1]["caption_index"])
+        shown = MOST_IN_GRID if each > MOST_IN_GRID else MOST_IN_GRID // each * each
+        if shown < len(rows):
+            log.info("grid.png shows the first %d of %d pictures", shown, len(rows))
+            rows = rows[:shown]
         tiles = []
         for row in rows:
             with Image.open(self.path / row["file"]) as image:
                 tiles.append(np.asarray(image.convert("RGB")))
         n_captions = 1 + rows[-1]["caption_index"]
-        each = len(rows) // n_captions
         # a caption a row; with one picture a caption, or one caption, as square as it gets
         columns = each if n_captions > 1 and each > 1 else math.ceil(math.sqrt(len(rows)))
         same = {

@@ -12,6 +12,7 @@ import math
 import re
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,19 @@ START_SCALE = math.log(1 / 0.07)  # section 2.5 of the paper; so is the bound
 MOST_SCALE = math.log(100)
 
 _NO_DECAY = re.compile(r"(^|\.)ln_\w+\.|bias$|(^|\.)(logit_scale|class_embedding)$")
+
+
+class _Bounded(torch.autograd.Function):
+    """At most ``most``; from above it, gradients lead back down, where those of clamp are 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, most: float) -> Tensor:
+        ctx.is_above = x > most
+        return x.clamp(max=most)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.masked_fill(ctx.is_above & (grad < 0), 0.0), None
 
 
 class _Activation(nn.Module):
@@ -176,7 +190,7 @@ class Clip(nn.Module):
 
     def forward(self, image_BCYX: Tensor, text_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of pictures and of captions, and what their cosines are multiplied by."""
-        scale = self.logit_scale[0].float().clamp(max=MOST_SCALE).exp()
+        scale = _Bounded.apply(self.logit_scale[0].float(), MOST_SCALE).exp()
         # in here, for DeepSpeed's engine ends what is around it
         is_low, device = self._compute_dtype != torch.float32, image_BCYX.device.type
         with torch.autocast(device, self._compute_dtype, enabled=is_low):

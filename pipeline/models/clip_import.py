@@ -22,8 +22,16 @@ WAY_OUT = (
 )
 
 
+# of open_clip's ViT-H, ViT-g and ViT-bigG; of all others 64
+HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
+
+
 def load_foreign(
-    path: Path, *, quick_gelu: bool, vision_head_width: int = 64, text_head_width: int = 64
+    path: Path,
+    *,
+    quick_gelu: bool,
+    vision_head_width: int | None = None,
+    text_head_width: int = 64,
 ) -> Clip:
     """The model whose weights are in ``path``, in float32 on the CPU; shapes give its config.
 
@@ -31,7 +39,8 @@ def load_foreign(
         path: safetensors, or a state dict of torch.save.
         quick_gelu: of the weights: OpenAI's have it, open_clip's own mostly have not. No shape
             tells, and with the wrong one features are off without a word.
-        vision_head_width: of the attention of the vision tower, which no shape tells either.
+        vision_head_width: of the attention of the vision tower, which no shape tells either; None
+            for that of ``HEAD_WIDTHS``.
         text_head_width: of the text tower.
 
     Raises:
@@ -42,6 +51,8 @@ def load_foreign(
         raise InputError(f"{path} has no {missing[0]}: no CLIP of two transformers; {WAY_OUT}")
     try:
         config = _config(tensors, quick_gelu, vision_head_width, text_head_width)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except (ValueError, ZeroDivisionError) as error:
         raise InputError(f"{path} has shapes that no CLIP has ({error}); {WAY_OUT}") from error
     with torch.device("meta"):
@@ -67,7 +78,10 @@ _SHAPED = (
 
 
 def _config(
-    tensors: dict[str, Tensor], quick_gelu: bool, vision_head_width: int, text_head_width: int
+    tensors: dict[str, Tensor],
+    quick_gelu: bool,
+    vision_head_width: int | None,
+    text_head_width: int,
 ) -> ClipConfig:
     def tower(prefix: str, width: int, head_width: int) -> TowerConfig:
         block = re.compile(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.")
@@ -87,7 +101,9 @@ def _config(
     return ClipConfig(
         image_size=patch * math.isqrt(n_patches),
         patch_size=patch,
-        vision=tower("visual.", vision_width, vision_head_width),
+        vision=tower(
+            "visual.", vision_width, vision_head_width or HEAD_WIDTHS.get(vision_width, 64)
+        ),
         n_text=n_text,
         n_vocab=n_vocab,
         text=tower("", text_width, text_head_width),
@@ -111,7 +127,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     except InputError:
         raise
     except OSError as error:
-        raise InputError(f"--weights {path} cannot be read ({error.strerror})") from error
+        raise InputError(f"--weights {path} cannot be read ({error.strerror or error})") from error
     except Exception as error:  # what is no pickle makes the restricted unpickler raise anything
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise InputError(

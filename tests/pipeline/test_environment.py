@@ -1,4 +1,5 @@
 import re
+from importlib.metadata import PackageNotFoundError
 
 import torch
 
@@ -21,3 +22,16 @@ def test_the_environment_is_versions_and_all_of_the_code(tmp_path, monkeypatch):
     codes.add(environment()["code"])
     assert len(codes) == 5
     assert all(re.fullmatch("[0-9a-f]{16}", code) for code in codes)
+
+
+def test_a_library_that_is_not_there_is_told(monkeypatch):
+    """Without DeepSpeed one process trains and samples."""
+
+    def version(name):
+        if name == "deepspeed":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(module, "version", version)
+    found = environment()
+    assert (found["deepspeed"], found["numpy"]) == ("not installed", "1.0")

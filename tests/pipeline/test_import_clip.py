@@ -9,6 +9,7 @@ from pipeline import import_clip
 from pipeline.config import ClipConfig, TowerConfig
 from pipeline.console import InputError
 from pipeline.generation.rerank import ClipScorer
+from pipeline.models import clip_import
 from pipeline.models.clip import Clip, load_clip
 from pipeline.models.clip_import import load_foreign
 from tests.pipeline.data.test_clip_tokens import PAIRS, write
@@ -104,6 +105,15 @@ def test_weights_of_another_model_are_refused(tmp_path, state, change, sentence)
         load_foreign(tmp_path / "weights.safetensors", quick_gelu=True)
 
 
+@pytest.mark.parametrize(("width", "n_head"), [(768, 12), (1280, 16), (1408, 16), (1664, 16)])
+def test_widths_of_known_towers_tell_their_heads(tmp_path, state, width, n_head):
+    other = {"visual.conv1.weight": torch.zeros(width, 3, 8, 8), "ln_final.bias": None}
+    tensors = {name: value for name, value in (state | other).items() if value is not None}
+    found = clip_import._config(tensors, True, None, 32)
+    assert found.vision.n_head == n_head
+    assert clip_import._config(tensors, True, 128, 32).vision.n_head == width // 128
+
+
 def test_files_that_are_no_weights_are_refused(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"nothing")
     (tmp_path / "a.pt").write_bytes(b"nothing")
@@ -112,7 +122,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
     torch.save({"a": 1}, tmp_path / "number.pt")
     for name, sentence in {
         "nowhere.pt": "nowhere.pt cannot be read .No such file",
-        "nowhere.safetensors": "nowhere.safetensors cannot be read",
+        "nowhere.safetensors": "nowhere.safetensors cannot be read .No such file",
         "a.safetensors": "or is damaged", "a.pt": "or is damaged", "words.pt": "or is damaged",
         "list.pt": "holds a list, no state dict", "number.pt": "holds 'a', which is no tensor",
     }.items():  # fmt: skip

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from data_prep.train_tokenizer import NORMALIZER, train
 from pipeline import sample
 from pipeline.console import InputError
 from pipeline.data.tokenizer import save_tokenizer
-from pipeline.generation import artist
+from pipeline.generation import artist, folder
 from pipeline.generation.provenance import read_facts
 from pipeline.models.dalle import load_dalle, save_dalle
 from pipeline.models.dvae import load_dvae, save_dvae
@@ -87,13 +88,29 @@ def test_captions_become_described_pictures(trained, tmp_path):
         assert image.text["seed"] == str(line["seed"])
         assert image.text["top_k"] == "9"
         assert "top_p" not in image.text
-        for what, folder in (("model", "dalle"), ("dvae", "dvae")):
-            files = json.loads((trained / folder / "model.json").read_text())["files"]
+        for what, name in (("model", "dalle"), ("dvae", "dvae")):
+            files = json.loads((trained / name / "model.json").read_text())["files"]
             assert image.text[what] == files["model.safetensors"][:16]
     # three columns, two rows, gaps of two pixels; the second picture is where it belongs
     grid = np.asarray(Image.open(out / "grid.png"))
     assert grid.shape == (66, 100, 3)
     assert (grid[:32, 34:66] == np.asarray(Image.open(out / lines[1]["file"]))).all()
+
+
+@pytest.mark.parametrize(
+    ("most", "size", "said"),
+    [(5, (66, 66), True), (2, (32, 66), True), (1, (32, 32), True), (6, (66, 100), False)],
+)
+def test_a_grid_shows_the_first_pictures(trained, tmp_path, monkeypatch, most, size, said):
+    """Whole captions, unless one has more than the grid takes."""
+    file, lines = tmp_path / "captions.txt", []
+    file.write_text("a red circle\ntwo green cats\n")
+    monkeypatch.setattr(folder, "MOST_IN_GRID", most)
+    monkeypatch.setattr(folder.log, "info", lambda text, *values: lines.append(text % values))
+    sample.main(flags(trained, tmp_path, "--captions", file, "--count", 3, "--width", 6))
+    assert np.asarray(Image.open(tmp_path / "grid.png")).shape == (*size, 3)
+    assert len(read_lines(tmp_path)) == 6
+    assert any("grid.png shows the first" in line for line in lines) is said
 
 
 def test_a_seed_alone_gives_the_same_file(trained, tmp_path):
@@ -413,6 +430,27 @@ def test_ranks_draw_what_one_process_draws(trained, tmp_path, launch):
     assert sorted(path.name for path in two.iterdir()) == sorted(p.name for p in one.iterdir())
     for path in one.iterdir():
         assert path.read_bytes() == (two / path.name).read_bytes(), path.name
+
+
+@pytest.mark.dist
+def test_ranks_that_read_other_captions_draw_nothing(trained, tmp_path):
+    """As two machines with folders of their own would."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "captions.txt").write_text(f"{rank} green cats\n")
+    words = " ".join(flags(trained, tmp_path / "out", "--captions", "/proc/self/cwd/captions.txt"))
+    script = f"cd {tmp_path}/$RANK; exec {sys.executable} -m pipeline.sample {words}"
+    env = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*launch, "--master-port", str(free_port()), "--no-python", "sh", "-c", script],
+        capture_output=True, text=True, check=False, env=os.environ | env, cwd=ROOT,
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert re.search(
+        r"error: the ranks differ: captions is \w+ on rank 0, \w+ on rank 1", run.stderr
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_a_sentence_and_loses_nothing(trained, tmp_path):

@@ -261,3 +261,20 @@ def test_other_widths_give_the_same_codes(model):
     codes = generate(model, text, range(6), width=6)
     for width in (1, 2, 5, 16):
         assert torch.equal(generate(model, text, range(6), width=width), codes)
+
+
+def test_pixels_of_a_wide_batch_are_made_a_few_at_a_time(monkeypatch):
+    dvae, seeds = random_dvae(tiny_config(grid=4)), range(37)
+    codes = torch.randint(24, (37, 16), generator=torch.Generator().manual_seed(0))
+    decode, rows = dvae.decode, []
+
+    def watched(codes_BYX):
+        rows.append(len(codes_BYX))
+        return decode(codes_BYX)
+
+    monkeypatch.setattr(dvae, "decode", watched)
+    images = pictures(dvae, codes, seeds, 40)
+    assert rows == [16, 16, 8]
+    for i in (0, 15, 16, 36):
+        alone = decode(codes[i].view(1, 4, 4))[0]
+        torch.testing.assert_close(images[i], alone, rtol=0, atol=1e-5)

@@ -71,6 +71,19 @@ def test_the_scale_stays_below_a_hundred(model):
     )
 
 
+@pytest.mark.parametrize(("sign", "leads"), [(1.0, True), (-1.0, False)])
+def test_a_scale_above_the_bound_is_led_back_and_no_further_up(model, sign, leads):
+    clip = Clip(model.config)
+    for start in (3.0, 9.0):
+        clip.logit_scale.data.fill_(start)
+        clip.logit_scale.grad = None
+        scale = clip(torch.rand(1, 3, 32, 32), torch.tensor([[3, 95, *[0] * 10]]))[2]
+        (sign * scale).backward()
+        # below the bound it is the exponential's
+        want = sign * float(scale.detach()) if leads or start == 3.0 else 0.0
+        assert float(clip.logit_scale.grad) == pytest.approx(want)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [({"patch_size": 30}, "224 does not divide into patches of 30"),
