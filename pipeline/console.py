@@ -198,7 +198,7 @@ def command(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        if is_first_rank() or isinstance(error, OwnError):
+        if _speaks() or isinstance(error, OwnError):
             _say(str(error))
         else:
             # the launcher ends all ranks with the first that leaves: let the one that speaks be it
@@ -220,6 +220,13 @@ def command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("stopped by the keyboard\n")
         _end(130)
+
+
+def _speaks() -> bool:
+    """The first rank for all; before they have joined the first one of each node for its node."""
+    dist = sys.modules.get("torch.distributed")
+    has_joined = dist is not None and dist.is_available() and dist.is_initialized()
+    return is_first_rank() or (not has_joined and os.environ.get("LOCAL_RANK") == "0")
 
 
 def printable(text: str) -> str:

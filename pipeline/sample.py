@@ -21,10 +21,10 @@ import torch.distributed as dist
 from pipeline.config import fingerprint, require
 from pipeline.console import Bar, InputError, a_path, command, is_first_rank, logger
 from pipeline.generation import mark, signature
-from pipeline.generation.artist import Artist, Scores, encode, load_models
+from pipeline.generation.artist import Artist, Models, Scores, encode, load_models
 from pipeline.generation.draw import Settings
 from pipeline.generation.folder import Folder, read_request
-from pipeline.generation.prompt import read_prompt
+from pipeline.generation.prompt import ImagePrompt, read_prompt
 from pipeline.generation.request import orders_of, read_captions
 from pipeline.generation.rerank import ClipScorer, LikelihoodScorer
 from pipeline.generation.sampling import (
@@ -46,13 +46,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 log = logger("sample")
 
 
-def request_of(
-    args: argparse.Namespace, captions: list[str], artist: Artist, scorer: str | None
-) -> dict[str, Any]:
+def request_of(args: argparse.Namespace, captions: list[str], artist: Artist) -> dict[str, Any]:
     """What makes a request another one; ``provenance.json`` keeps it."""
     return {
         "captions": fingerprint(captions), "n_captions": len(captions), "count": args.count,
-        "seed": args.seed, "rerank": args.rerank, "scorer": scorer,
+        "seed": args.seed, "rerank": args.rerank, "scorer": args.scorer,
         "signature": args.signature, "mark": args.mark, **artist.facts,
     }  # fmt: skip
 
@@ -62,30 +60,38 @@ def choose_width(args: argparse.Namespace, model: Dalle, settings: Settings) -> 
     if args.width is not None or args.jacobi:
         return int(args.width or 1)
     before = read_request(args.out)
-    if before is not None and isinstance(width := before["facts"].get("width"), int):
-        return width
-    device = model.image_head.weight.device
-    width = fitting_width(model, settings, free_bytes(device))
-    if device.type == "cpu":
-        width = min(width, WIDTH)
+    width = None if before is None else before["facts"].get("width")
+    if not isinstance(width, int):
+        device = model.image_head.weight.device
+        width = fitting_width(model, settings, free_bytes(device))
+        if device.type == "cpu":
+            width = min(width, WIDTH)
+        log.info("%d images side by side (--width)", width)
     if dist.is_initialized():
         widths: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(widths, width)
         width = min(widths)
-    log.info("%d images side by side (--width)", width)
     return width
 
 
-def sample(args: argparse.Namespace, captions: list[str], device: torch.device) -> None:
-    """Draw what is missing of the request; this rank's share of it."""
+def load(
+    args: argparse.Namespace, captions: list[str], device: torch.device
+) -> tuple[Models, Settings, torch.Tensor, ImagePrompt | None, Scores]:
+    """All that is drawn with: models, settings, tokens of the captions, prompt and scorer.
+
+    ``args.scorer`` is then that which is used, or None.
+
+    Raises:
+        InputError: one of them is not there, damaged, or does not fit the others.
+    """
     models = load_models(args.model, args.dvae, device, DTYPES[args.dtype])
     settings = Settings(args.temperature, args.top_k, args.top_p, args.guidance)
     settings.check(models.dalle.config)
-    scorer = args.scorer or ("clip" if args.clip else "likelihood" if args.rerank else None)
-    require(scorer != "clip" or args.clip is not None, "--scorer clip: name a --clip DIR too")
+    args.scorer = args.scorer or ("clip" if args.clip else "likelihood" if args.rerank else None)
+    require(args.scorer != "clip" or args.clip is not None, "--scorer clip: name a --clip DIR too")
     for what, wants_empty in (
         (f"--guidance {args.guidance}", args.guidance != 1),
-        ("ranking by likelihood (a --clip DIR ranks without)", scorer == "likelihood"),
+        ("ranking by likelihood (a --clip DIR ranks without)", args.scorer == "likelihood"),
     ):
         require(
             not wants_empty or models.knows_empty_captions,
@@ -105,14 +111,21 @@ def sample(args: argparse.Namespace, captions: list[str], device: torch.device) 
         )
     text = encode(models, captions)
     scores = Scores(
-        ClipScorer(args.clip, device) if scorer == "clip" else None,
-        LikelihoodScorer(models.dalle) if scorer == "likelihood" else None,
+        ClipScorer(args.clip, device) if args.scorer == "clip" else None,
+        LikelihoodScorer(models.dalle) if args.scorer == "likelihood" else None,
     )
+    return models, settings, text, prompt, scores
+
+
+def sample(args: argparse.Namespace, captions: list[str], device: torch.device) -> None:
+    """Draw what is missing of the request; this rank's share of it."""
+    with processes.together():
+        models, settings, text, prompt, scores = load(args, captions, device)
     args.width = choose_width(args, models.dalle, settings)
     artist = Artist(args, models, text, prompt, scores, settings)
     orders = orders_of(captions, args.count, args.seed)
     folder = Folder(args.out, orders, artist.facts)
-    request = request_of(args, captions, artist, scorer)
+    request = request_of(args, captions, artist)
     processes.agree(request)  # each rank has read the models and the captions for itself
     if is_first_rank():
         folder.begin(request)

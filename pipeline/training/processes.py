@@ -97,6 +97,29 @@ def agree(own: dict[str, Any]) -> None:
         raise InputError(sentence)
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """What one rank cannot do ends all of them with its sentence; all ranks come by.
+
+    Raises:
+        InputError: of the first rank that raised one.
+    """
+    error = None
+    try:
+        yield
+    except InputError as raised:
+        error = raised
+    if not (dist.is_available() and dist.is_initialized()):
+        if error is not None:
+            raise error
+        return
+    said: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, None if error is None else str(error))
+    for rank, sentence in enumerate(said):
+        if sentence is not None:
+            raise InputError(f"rank {rank}: {sentence}" if rank else sentence) from error
+
+
 def disagreement(of_ranks: Sequence[dict[str, Any]]) -> str:
     """A sentence that names what differs and on which ranks; empty where nothing does.
 

@@ -83,7 +83,7 @@ def test_a_full_disk_is_a_sentence_and_a_broken_connection_a_bug(capsys):
         command(raises(ConnectionError("peer is gone")))
 
 
-def as_rank(rank, error):
+def as_rank(rank, error, **more):
     """(exit code, stderr) of a rank of a launcher whose command raises ``error``."""
     lines = [
         "from pipeline.console import InputError, OwnError, command, logger",
@@ -94,7 +94,7 @@ def as_rank(rank, error):
     ]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], check=False, cwd=ROOT, text=True,
-        capture_output=True, env=os.environ | {"RANK": str(rank)},
+        capture_output=True, env=os.environ | {"RANK": str(rank)} | more,
     )  # fmt: skip
     return done.returncode, done.stderr.splitlines()
 
@@ -105,6 +105,10 @@ def test_what_all_ranks_know_the_first_one_says():
     assert lines[0].endswith("hello")
     assert lines[1:] == ["error: batch is 3"]
     assert as_rank(1, "InputError('batch is 3')") == (2, [])
+    # before they have joined, nobody knows whether it is the other nodes' mistake too
+    assert as_rank(3, "InputError('batch is 3')", LOCAL_RANK="1") == (2, [])
+    code, lines = as_rank(2, "InputError('batch is 3')", LOCAL_RANK="0")
+    assert (code, lines[-1:]) == (2, ["error: batch is 3"])
 
 
 def test_ranks_that_say_nothing_let_the_first_one_speak(monkeypatch):

@@ -433,12 +433,25 @@ def test_ranks_draw_what_one_process_draws(trained, tmp_path, launch):
 
 
 @pytest.mark.dist
-def test_ranks_that_read_other_captions_draw_nothing(trained, tmp_path):
+@pytest.mark.parametrize(
+    ("differs", "said"),
+    [
+        ("captions", r"error: the ranks differ: captions is \w+ on rank 0, \w+ on rank 1"),
+        ("a model", "error: rank 1: /proc/self/cwd/dalle"),
+    ],
+    ids=["captions", "a model"],
+)
+def test_ranks_that_read_other_files_draw_nothing(trained, tmp_path, differs, said):
     """As two machines with folders of their own would."""
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
-        (tmp_path / str(rank) / "captions.txt").write_text(f"{rank} green cats\n")
-    words = " ".join(flags(trained, tmp_path / "out", "--captions", "/proc/self/cwd/captions.txt"))
+        n_cats = rank if differs == "captions" else 2
+        (tmp_path / str(rank) / "captions.txt").write_text(f"{n_cats} green cats\n")
+    (tmp_path / "0" / "dalle").symlink_to(trained / "dalle")
+    here = "/proc/self/cwd"
+    words = " ".join(flags(trained, tmp_path / "out", "--captions", f"{here}/captions.txt"))
+    if differs == "a model":
+        words += f" --model {here}/dalle"
     script = f"cd {tmp_path}/$RANK; exec {sys.executable} -m pipeline.sample {words}"
     env = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launch = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2"]
@@ -447,9 +460,8 @@ def test_ranks_that_read_other_captions_draw_nothing(trained, tmp_path):
         capture_output=True, text=True, check=False, env=os.environ | env, cwd=ROOT,
     )  # fmt: skip
     assert run.returncode != 0
-    assert re.search(
-        r"error: the ranks differ: captions is \w+ on rank 0, \w+ on rank 1", run.stderr
-    )
+    [error] = re.findall("error: .*", run.stderr)
+    assert re.match(said, error), error
     assert not (tmp_path / "out").exists()
 
 
