@@ -10,6 +10,7 @@ from pipeline.generation.decoding import Decoder
 from pipeline.generation.draw import Settings, noise
 from pipeline.generation.sampling import Sampler, prepare
 from pipeline.generation.step import block_step
+from pipeline.models.dalle import NO_TOKEN
 from tests.pipeline.generation.helpers import random_captions, random_dalle, tiny_config
 
 ON_A_GPU = torch.cuda.is_available()
@@ -167,3 +168,31 @@ def test_a_recording_outlives_the_tables_that_others_made():
     poison = [torch.full((2**10,), -1, dtype=torch.int32, device=DEVICE) for _ in range(64)]
     assert torch.equal(decoder.decode(*batch), want)
     del poison
+
+
+@pytest.mark.parametrize("n_given", [0, 9])
+@pytest.mark.parametrize("guidance", [None, 2.5])
+@pytest.mark.parametrize("kind", [*KINDS, "schedule"])
+def test_logits_of_every_step_are_those_of_full_forwards(kind, guidance, n_given):
+    """With shared captions, guidance and an image prompt; the token drawn is then the same too."""
+    model = model_of(kind, torch.float32)
+    config = model.config
+    decoder = decoder_of(model, 5, 3, guidance, Settings(), record=False)
+    text_WT = random_captions(config, 3)[[0, 1, 1, 2, 0]].to(DEVICE)
+    noise_WI = torch.stack([noise(seed, config.n_image) for seed in range(5)]).to(DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    given_WI = torch.randint(24, (5, n_given), generator=generator).to(DEVICE)
+    seen = []
+    with torch.inference_mode():
+        codes_WI = decoder.decode(
+            text_WT, noise_WI, given_WI, lambda n, _: seen.append(decoder.logits_WV.clone())
+        )
+        _, want_WIV = model(text_WT, codes_WI)
+        if guidance is not None:
+            _, without_WIV = model(torch.full_like(text_WT, NO_TOKEN), codes_WI)
+            want_WIV = without_WIV + guidance * (want_WIV - without_WIV)
+    got_WIV = torch.stack(seen[n_given:], 1)
+    want_WIV = want_WIV[:, n_given:]
+    # a GPU's products may be summed in other orders
+    error = 1e-4 if ON_A_GPU else 1e-5
+    assert (got_WIV - want_WIV).abs().max() <= error * want_WIV.abs().max().clamp(min=1)
